@@ -1,0 +1,296 @@
+"""Many roles on one base: the resident model with its named LoRA adapters.
+
+`AdaptedModel.role` is the one way to switch: reference, policy, reward and value are settings of the same weights.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import xxhash
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from align.base import Base
+from align.config import AdaptersConfig
+from align.errors import ArtifactError, ConfigError, InvariantError, ModelError
+from align.randomness import stage_seed
+
+RAW_BASE = "base"  # the role with every adapter off: never the reference (that is the frozen sft adapter)
+
+
+class AdaptedModel:
+    """Owns the resident base and its adapters: which exist, which is active, which trains.
+
+    The base's weights are never changed; `reset` takes all adapters off again.
+    """
+
+    def __init__(self, base: Base, adapters: AdaptersConfig) -> None:
+        self.base = base
+        self._lora = _lora_config(base.model, adapters)
+        self._peft: PeftModel | None = None
+        self._role: tuple[str, bool] = (RAW_BASE, False)
+        _verify_trunk_and_head(self)
+
+    @property
+    def base_identity(self) -> str:
+        return self.base.resolved.identity
+
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def hidden_size(self) -> int:
+        return self.base.model.get_input_embeddings().weight.shape[1]
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The model without its LM head: ids → last_hidden_state."""
+        return getattr(self.base.model, self.base.model.base_model_prefix)
+
+    @property
+    def peft(self) -> PeftModel:
+        if self._peft is None:
+            raise InvariantError("no adapter has been added yet")
+        return self._peft
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return () if self._peft is None else tuple(sorted(self._peft.peft_config))
+
+    # ---- making, copying, saving adapters ----
+
+    def add(self, name: str, *, seed: int = 0, copy_of: str | None = None) -> None:
+        """Add a frozen adapter: a copy of another one, or one that changes nothing yet (B = 0, A drawn from `seed`)."""
+        config = self._lora if copy_of is None else self.peft.peft_config[copy_of]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stage_seed(seed, name))
+            self._attach(name, LoraConfig(**{**config.to_dict(), "inference_mode": False}))
+        if copy_of is not None:
+            own, source = self.tensors(name), self.tensors(copy_of)
+            for key, tensor in own.items():
+                tensor.data.copy_(source[key].data)
+
+    def load(self, name: str, folder: Path) -> None:
+        """Add a frozen adapter from a PEFT folder. Raises ArtifactError if it does not fit this base."""
+        try:
+            config = LoraConfig.from_pretrained(str(folder))
+            tensors = load_file(folder / "adapter_model.safetensors")
+        except (OSError, ValueError, TypeError, SafetensorError) as error:
+            reason = str(error).splitlines()[0]
+            raise ArtifactError(f"{folder} is not a LoRA adapter of PEFT (safetensors): {reason}") from None
+        if not isinstance(config, LoraConfig):
+            raise ArtifactError(f"{folder}: only LoRA adapters are supported, this one is {config.peft_type}")
+        config.inference_mode = False
+        try:
+            self._attach(name, config)
+            outcome = set_peft_model_state_dict(self.peft, tensors, adapter_name=name)
+        except (ValueError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ArtifactError(f"{folder} does not fit the base {self.base.resolved.name}: {reason}") from None
+        missing = [key for key in outcome.missing_keys if f".{name}." in key]
+        if outcome.unexpected_keys or missing:
+            raise ArtifactError(
+                f"{folder} does not fit the base {self.base.resolved.name}: {len(outcome.unexpected_keys)} unexpected "
+                f"and {len(missing)} missing tensors, first {(*outcome.unexpected_keys, *missing)[0]}"
+            )
+        self._freeze()
+
+    def save(self, name: str, folder: Path) -> None:
+        """Write a PEFT folder, the same bytes for the same weights (PEFT itself lists targets in hash order)."""
+        tensors = get_peft_model_state_dict(self.peft, adapter_name=name)
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(tensors.items())}
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        config = {**self.peft.peft_config[name].to_dict(), "inference_mode": True}
+        config["base_model_name_or_path"] = self.base.resolved.name
+        config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+        text = json.dumps(config, indent=1, sort_keys=True, default=str)
+        (folder / "adapter_config.json").write_text(text + "\n", encoding="utf-8")
+
+    def reset(self) -> None:
+        """Take every adapter off: the base as it was loaded."""
+        if self._peft is not None:
+            self._peft.unload()
+            # unload leaves PEFT's marks on the model, which a second PeftModel would warn of
+            for mark in ("peft_config", "_hf_peft_config_loaded"):
+                self.base.model.__dict__.pop(mark, None)
+        self._peft = None
+        self._role = (RAW_BASE, False)
+
+    def _attach(self, name: str, config: LoraConfig) -> None:
+        if name in self.names:
+            raise InvariantError(f"adapter {name} is there already: {self.names}")
+        if self._peft is None:
+            self._peft = PeftModel(self.base.model, config, adapter_name=name)  # type: ignore[arg-type]
+            self._peft.eval()
+        else:
+            self._peft.add_adapter(name, config)
+        self._freeze()
+
+    def _freeze(self) -> None:
+        self.peft.requires_grad_(False)
+        self._apply(*self._role)
+
+    # ---- roles ----
+
+    @contextmanager
+    def role(self, name: str, *, train: bool = False) -> Iterator[None]:
+        """Run as one role: adapter `name` active (or RAW_BASE), its parameters the only ones that require grad, and
+        they only if `train`. Roles nest; leaving restores the one before.
+
+        Raises:
+            InvariantError: other parameters than expected require grad after the switch.
+        """
+        before = self._role
+        self._apply(name, train)
+        try:
+            yield
+        finally:
+            self._apply(*before)
+
+    def _apply(self, name: str, train: bool) -> None:
+        self._role = (name, train)
+        if self._peft is None:
+            if name != RAW_BASE:
+                raise InvariantError(f"role {name}: no adapter has been added yet")
+            return
+        lora = self.peft.base_model
+        if name == RAW_BASE:
+            lora.disable_adapter_layers()
+        else:
+            if name not in self.peft.peft_config:
+                raise InvariantError(f"role {name}: there are only the adapters {self.names}")
+            lora.enable_adapter_layers()
+            self.peft.set_adapter(name)
+        # set_adapter, disable_adapter_layers and load_adapter flip requires_grad as they like: say it last.
+        for key, parameter in self.base.model.named_parameters():
+            parameter.requires_grad_(train and _belongs(key, name))
+        self.verify_trainable()
+
+    def verify_trainable(self) -> None:
+        """Check that exactly the present role's parameters require grad. Raises InvariantError naming the others."""
+        name, train = self._role
+        wrong = [
+            key for key, p in self.base.model.named_parameters() if p.requires_grad != (train and _belongs(key, name))
+        ]
+        if wrong:
+            raise InvariantError(
+                f"role {name} (train={train}): requires_grad is wrong for {len(wrong)}, first {wrong[0]}"
+            )
+
+    def tensors(self, name: str) -> dict[str, nn.Parameter]:
+        """The adapter's parameters under names that do not hold the adapter's own, sorted."""
+        found = {
+            key.replace(f".{name}.", "."): parameter
+            for key, parameter in self.base.model.named_parameters()
+            if _belongs(key, name)
+        }
+        return dict(sorted(found.items()))
+
+    # ---- what is computed ----
+
+    def hidden(self, ids_BS: Tensor, is_token_BS: Tensor) -> Tensor:
+        """Last hidden states (B, S, H) in the base's dtype of right-padded sequences, under the present role."""
+        out = self.trunk(input_ids=ids_BS, attention_mask=is_token_BS.long(), use_cache=False)
+        return out.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits (..., V) in the base's dtype from hidden states (..., H)."""
+        logits = self.base.model.get_output_embeddings()(hidden)
+        config = self.base.model.config
+        if getattr(config, "logit_scale", None) is not None:  # Cohere
+            logits = logits * config.logit_scale
+        if getattr(config, "logits_scaling", None) is not None:  # Granite
+            logits = logits / config.logits_scaling
+        if getattr(config, "final_logit_softcapping", None) is not None:  # Gemma
+            cap = config.final_logit_softcapping
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+    # ---- what must not change ----
+
+    def checksum(self, name: str) -> str:
+        """Of every tensor of one adapter."""
+        return _checksum(self.tensors(name))
+
+    def base_checksum(self) -> str:
+        """Of every tensor of the base, its buffers included."""
+        tensors = {**dict(self.base.model.named_parameters()), **dict(self.base.model.named_buffers())}
+        # PEFT renames a wrapped layer's own weight; under its first name the sum is the same with and without adapters
+        own = {key.replace(".base_layer.", "."): t for key, t in tensors.items() if ".lora_" not in key}
+        return _checksum(dict(sorted(own.items())))
+
+
+def _belongs(key: str, adapter: str) -> bool:
+    return ".lora_" in key and f".{adapter}." in key
+
+
+def _checksum(tensors: "dict[str, nn.Parameter] | dict[str, Tensor]") -> str:
+    digest = xxhash.xxh3_128()
+    for key, tensor in tensors.items():
+        digest.update(key.encode())
+        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _lora_config(model: nn.Module, adapters: AdaptersConfig) -> LoraConfig:
+    names, num_layers = _linear_layers(model)
+    chosen = names
+    if isinstance(adapters.targets, tuple):
+        chosen = sorted(n for n in names if n in adapters.targets or n.split(".")[-1] in adapters.targets)
+        unknown = [t for t in adapters.targets if not any(t in (n, n.split(".")[-1]) for n in names)]
+        if unknown:
+            raise ConfigError(f"adapters.targets: {unknown[0]!r} is no linear layer of this base; it has {names}")
+    elif adapters.targets != "all-linear":
+        chosen = [n for n in names if ("attn" in n or "attention" in n) == (adapters.targets == "attention")]
+    if not chosen:
+        raise ConfigError(f"adapters.targets: {adapters.targets} fits no linear layer of this base; it has {names}")
+    layers = None
+    if adapters.layers != "all":
+        if adapters.layers > num_layers:
+            raise ConfigError(f"adapters.layers: {adapters.layers}, but this base has {num_layers} decoder layers")
+        layers = list(range(num_layers - adapters.layers, num_layers))
+    return LoraConfig(
+        r=adapters.rank,
+        lora_alpha=adapters.alpha,  # type: ignore[arg-type]
+        lora_dropout=adapters.dropout,
+        target_modules=sorted(chosen),
+        layers_to_transform=layers,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _linear_layers(model: nn.Module) -> tuple[list[str], int]:
+    """The linear layers inside a decoder layer by their last two names ("self_attn.q_proj"), and how many layers."""
+    names: set[str] = set()
+    numbers: set[int] = set()
+    for path, module in model.named_modules():
+        parts = path.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if at is not None and isinstance(module, nn.Linear | Conv1D):
+            names.add(".".join(parts[at + 1 :][-2:]))
+            numbers.add(int(parts[at]))
+    if not names:
+        raise ModelError("base.model: no linear layers inside numbered decoder layers were found; LoRA has no place")
+    return sorted(names), max(numbers) + 1
+
+
+@torch.no_grad()
+def _verify_trunk_and_head(model: AdaptedModel) -> None:
+    """Our trunk + head must be the model's own forward: an architecture that does more to its logits is refused."""
+    ids = torch.arange(1, 9, device=model.device)[None]
+    own = model.base.model(input_ids=ids, use_cache=False).logits.float()
+    ours = model.logits(model.hidden(ids, torch.ones_like(ids, dtype=torch.bool))).float()
+    difference = (own - ours).abs().max().item()
+    if not difference <= 1e-3 * own.abs().max().item():
+        raise ModelError(
+            f"base.model: {type(model.base.model).__name__} does something to its logits that align does not know "
+            f"(largest difference {difference:.3g}); this architecture is not supported"
+        )

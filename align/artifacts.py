@@ -1,0 +1,136 @@
+"""Directories that are whole or not there: artifacts and checkpoints, with the SHA-256 of every file.
+
+A directory is written under a temporary name, every file fsynced, `manifest.json` added, then renamed. Reading
+verifies it. No clock enters a manifest, so equal states are equal bytes.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from align.errors import ArtifactError
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What one stage hands to the next, by value: never "the newest file in a folder"."""
+
+    kind: str  # adapter, value_adapter, head or checkpoint
+    stage: str  # the stage that made it; "brought" for a user's own
+    path: Path
+    step: int
+    content_hash: str  # SHA-256 over the names and SHA-256s of its files
+    base_identity: str  # SHA-256 of the base's source weight files and config; "" for a brought one that has none
+
+
+def sha256_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_json(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _hash_files(folder: Path) -> dict[str, str]:
+    names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return {name: sha256_of_file(folder / name) for name in names}
+
+
+def write_json(path: Path, value: object, *, durable: bool = True) -> None:
+    """Write a JSON file whole or not at all; `durable` also waits until it is on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, sort_keys=True, default=str)
+        file.write("\n")
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"{path} is damaged: {error}. Delete it and run its stage again.") from None
+
+
+def write_directory(
+    path: Path, fill: Callable[[Path], None], *, kind: str, stage: str, step: int, base_identity: str
+) -> Artifact:
+    """Let `fill` write files into a temporary folder, then put it at `path` in one rename, replacing what was there."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        fill(temporary)
+        files = _hash_files(temporary)
+        meta = {"kind": kind, "stage": stage, "step": step, "base_identity": base_identity, "files": files}
+        write_json(temporary / MANIFEST, meta)
+        for name in (*files, "."):
+            _fsync(temporary / name)
+        if path.exists():  # a rename cannot replace a folder that is not empty
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            path.rename(old)
+            temporary.rename(path)
+            shutil.rmtree(old)
+        else:
+            temporary.rename(path)
+        _fsync(path.parent)
+    except OSError as error:
+        raise ArtifactError(f"cannot write {path}: {error}. Free space or choose another run.root.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return _as_artifact(path, meta)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _as_artifact(path: Path, meta: Mapping[str, object]) -> Artifact:
+    return Artifact(
+        kind=str(meta["kind"]),
+        stage=str(meta["stage"]),
+        path=path,
+        step=int(str(meta["step"])),
+        content_hash=sha256_of_json(meta["files"]),
+        base_identity=str(meta["base_identity"]),
+    )
+
+
+def read_artifact(path: Path, *, base_identity: str | None = None) -> Artifact:
+    """Verify the folder against its manifest and return its record.
+
+    Raises:
+        ArtifactError: it is missing, a file differs from the manifest, or it was made on another base.
+    """
+    if not path.is_dir():
+        raise ArtifactError(f"there is no artifact at {path}; run the stage that makes it first")
+    meta = read_json(path / MANIFEST)
+    if not isinstance(meta, dict) or not {"kind", "stage", "step", "base_identity", "files"} <= meta.keys():
+        raise ArtifactError(f"{path / MANIFEST} is not a manifest of align; run the stage again")
+    actual, expected = _hash_files(path), meta["files"]
+    if actual != expected:
+        names = sorted(name for name in {*actual, *expected} if actual.get(name) != expected.get(name))
+        raise ArtifactError(f"{path} is damaged: {', '.join(names)} differ from {MANIFEST}; run the stage again")
+    artifact = _as_artifact(path, meta)
+    if base_identity is not None and artifact.base_identity != base_identity:
+        raise ArtifactError(
+            f"{path} was made on base {artifact.base_identity[:16]}…, this run's base is {base_identity[:16]}…; "
+            "use the same base.model, or another run.name"
+        )
+    return artifact

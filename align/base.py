@@ -1,0 +1,144 @@
+"""The base model: found, identified, loaded once, never changed.
+
+`resolve_base` (no torch) finds the source files and their identity; `load_base` loads them. The embedded model and
+the tiny random ones are built once into a cache (`align.embedded`, `align.tiny`).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from align.artifacts import sha256_of_file, sha256_of_json
+from align.config import BaseModelConfig
+from align.errors import ModelError
+from data.tokenization import Codec, make_codec
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_loads = 0  # how often this process has loaded a base: a run must show 1 (summary.json: base.loads)
+
+
+def load_count() -> int:
+    return _loads
+
+
+@dataclass(frozen=True)
+class ResolvedBase:
+    name: str
+    folder: Path  # holds config.json, *.safetensors and the tokenizer; for the embedded one: its GGUF file
+    identity: str  # SHA-256 of the source weight files and config, whatever the dtype
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded causal LM with its tokenizer. `eos_ids`: any of them stops a response."""
+
+    resolved: ResolvedBase
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    eos_ids: tuple[int, ...]
+    device: "torch.device"
+    dtype: "torch.dtype"
+
+    def codec(self, system_prompt: str | None) -> Codec:
+        return make_codec(self.tokenizer, eos_ids=self.eos_ids, system_prompt=system_prompt)
+
+
+def resolve_base(config: BaseModelConfig) -> ResolvedBase:
+    """Find the base and its identity, downloading a hub id if it is not in the cache.
+
+    Raises:
+        ModelError: nothing is there under this name; says what was looked for.
+    """
+    if config.model == "embedded":
+        from align.embedded import find_embedded
+
+        return ResolvedBase(config.model, *find_embedded())
+    if config.model.startswith("tiny:"):
+        from align.tiny import find_tiny
+
+        folder = find_tiny(config.model.removeprefix("tiny:"))
+    elif Path(config.model).is_dir():
+        folder = Path(config.model)
+    elif config.model.startswith((".", "/", "~")) or config.model.count("/") != 1:
+        raise ModelError(
+            f"base.model: {config.model!r} is not a folder that exists, nor a hub id (owner/name), nor one of "
+            "embedded, tiny:llama, tiny:gpt2, tiny:qwen2"
+        )
+    else:
+        folder = _download(config.model, config.revision)
+    return ResolvedBase(config.model, folder, _identity(folder))
+
+
+def _download(hub_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"base.model: {hub_id!r} (revision {revision or 'default'}) is neither a local folder nor could it be had "
+            f"from the hub: {type(error).__name__}: {reason}. Check the name, log in for a gated model, or give a "
+            "local folder."
+        ) from None
+
+
+def _identity(folder: Path) -> str:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"base.model: {folder} has no config.json; it is not a model of transformers")
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise ModelError(f"base.model: {folder} has no *.safetensors (pickled weights are not loaded)")
+    return sha256_of_json({file.name: sha256_of_file(file) for file in [folder / "config.json", *weights]})
+
+
+def load_base(config: BaseModelConfig) -> Base:
+    """Load the base, frozen and in eval mode, in the dtype and on the device that the config says.
+
+    Raises:
+        ModelError: not found, not a decoder-only causal LM, damaged, or the device is not there.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    global _loads
+    resolved = resolve_base(config)
+    folder = resolved.folder
+    if config.model == "embedded":
+        from align.embedded import convert_embedded
+
+        folder = convert_embedded(resolved.folder, resolved.identity)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("base.device: cuda was asked for, and torch sees no CUDA device; use auto or cpu")
+    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
+    trust = config.trust_remote_code
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"base.model: {config.model!r} cannot be loaded from {folder}: {type(error).__name__}: {reason}. It must "
+            "be a decoder-only causal LM of transformers with its tokenizer beside it."
+        ) from error
+    _loads += 1
+    model.to(device).eval().requires_grad_(False)
+    return Base(resolved, model, tokenizer, _eos_ids(model, tokenizer), device, dtype)
+
+
+def _eos_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+    found: set[int] = set()
+    for value in (model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id):
+        if isinstance(value, int):
+            found.add(value)
+        elif value is not None:
+            found.update(int(item) for item in value)
+    if not found:
+        raise ModelError("base.model: neither its config nor its tokenizer names an EOS token; answers could not end")
+    return tuple(sorted(found))

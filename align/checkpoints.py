@@ -1,0 +1,103 @@
+"""Checkpoints: directories that hold what a bit-exact continuation needs, whole or not there.
+
+Tensors stand in safetensors files, the rest in sorted JSON, so that equal states are equal bytes.
+"""
+
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from align.artifacts import Artifact, read_artifact, read_json, write_directory, write_json
+from align.errors import ArtifactError
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`groups` maps a file's name to its tensors; `state` is JSON (update, controller, what must survive)."""
+
+    step: int
+    groups: Mapping[str, Mapping[str, Tensor]]
+    state: Mapping[str, object]
+
+
+def environment() -> dict[str, object]:
+    """What the bits depend on besides the state: a resume under another one is not bit-exact, and says so."""
+    return {
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")},
+    }
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name; Adam's step counts included, as tensors."""
+    found: dict[str, Tensor] = {}
+    for parameter, values in optimizer.state.items():
+        for key, value in values.items():
+            found[f"{names[parameter]}/{key}"] = torch.as_tensor(value)
+    return found
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what optimizer_tensors took, in place of whatever state there is."""
+    optimizer.state.clear()
+    by_name = {name: parameter for parameter, name in names.items()}
+    for key, tensor in tensors.items():
+        name, field = key.rsplit("/", 1)
+        parameter = by_name[name]
+        # Adam keeps its step count on the CPU, its moments with the parameter
+        optimizer.state[parameter][field] = tensor.clone() if field == "step" else tensor.to(parameter.device)
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, stage: str, base_identity: str, keep: int) -> Artifact:
+    """Write `folder/update-00010` in one step, then delete all but the newest `keep` whole ones."""
+
+    def fill(path: Path) -> None:
+        for name, tensors in checkpoint.groups.items():
+            own = {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(tensors.items())}
+            save_file(own, path / f"{name}.safetensors")
+        write_json(path / "state.json", {**checkpoint.state, "environment": environment()})
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"update-{checkpoint.step:05d}"
+    artifact = write_directory(
+        path, fill, kind="checkpoint", stage=stage, step=checkpoint.step, base_identity=base_identity
+    )
+    for old in sorted(folder.glob("update-*"))[:-keep]:
+        shutil.rmtree(old)
+    return artifact
+
+
+def load_newest(folder: Path, *, base_identity: str) -> tuple[Checkpoint | None, list[str]]:
+    """The newest whole checkpoint, and notes: on damaged ones passed over, on an environment that differs.
+
+    Raises:
+        ArtifactError: it was made on another base.
+    """
+    notes: list[str] = []
+    for path in sorted(folder.glob("update-*"), reverse=True):
+        try:
+            artifact = read_artifact(path)
+        except ArtifactError as error:
+            notes.append(f"passed over: {error}")
+            continue
+        read_artifact(path, base_identity=base_identity)
+        groups = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+        state = read_json(path / "state.json")
+        assert isinstance(state, dict)
+        then, now = state["environment"], environment()
+        if then != now:
+            differing = [f"{key}: {then.get(key)} → {value}" for key, value in now.items() if then.get(key) != value]
+            notes.append(f"resumed under another environment, so not bit-exact: {'; '.join(differing)}")
+        return Checkpoint(artifact.step, groups, state), notes
+    return None, notes

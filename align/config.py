@@ -1,0 +1,235 @@
+"""The whole configuration: one tree of frozen pydantic models, checked before Ray or torch starts.
+
+Unknown keys are refused and the nearest known one is named (`align.settings` loads files and overrides). Relative
+paths resolve against the config file's own folder. Below a stage's entry, functions take values, not this tree.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+StageName = Literal["sft", "reward", "ppo"]
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RunConfig(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder of this run under root")
+    root: Path = Field(Path("runs"), description="relative: under the folder the command is run in")
+    seed: int = Field(0, ge=0, lt=2**31)
+    stages: tuple[StageName, ...] = Field(("sft", "reward", "ppo"), min_length=1)
+
+    @model_validator(mode="after")
+    def _stages_in_order(self) -> "RunConfig":
+        order = ("sft", "reward", "ppo")
+        if list(self.stages) != [stage for stage in order if stage in self.stages]:
+            raise ValueError(f"stages must be distinct and in the order {', '.join(order)}")
+        return self
+
+    @property
+    def folder(self) -> Path:
+        return self.root / self.name
+
+
+class BaseModelConfig(Section):
+    model: str = Field("embedded", description="embedded, tiny:llama, tiny:gpt2, tiny:qwen2, a folder, or a hub id")
+    revision: str | None = Field(None, description="of a hub id: a commit, tag or branch")
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    trust_remote_code: bool = False
+
+
+class AdaptersConfig(Section):
+    rank: int = Field(16, ge=1)
+    alpha: float = Field(32.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1, description="in sft and reward; PPO always runs without")
+    targets: Literal["all-linear", "attention", "mlp"] | tuple[str, ...] = "all-linear"
+    layers: Literal["all"] | Annotated[int, Field(ge=1)] = Field("all", description="all, or the last n")
+
+
+class SourceConfig(Section):
+    path: Path | None = Field(None, description="a .jsonl, .jsonl.gz or .parquet file; samples:NAME for our own")
+    hub: str | None = Field(None, description="a hub data set's id")
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    limit: int | None = Field(None, ge=1, description="only the first n rows")
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "SourceConfig":
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("give either path or hub")
+        return self
+
+
+def _as_source(value: object) -> object:
+    return {"path": value} if isinstance(value, str | Path) else value
+
+
+Source = Annotated[SourceConfig, BeforeValidator(_as_source)]
+
+
+class DatasetConfig(Section):
+    train: Source
+    held_out: Source | None = None
+    held_out_fraction: float = Field(0.05, gt=0, lt=1, description="by hash of the prompt, if held_out is not given")
+
+
+class DataConfig(Section):
+    sft: DatasetConfig | None = None
+    reward: DatasetConfig | None = None
+    ppo: DatasetConfig | None = None
+    system_prompt: str | None = Field(None, description="states the norms; put before conversations without one")
+    max_reject_rate: float = Field(0.01, ge=0, le=1)
+
+
+class SupervisedConfig(Section):
+    """What SFT and reward training share. batch_size is in rows (pairs for reward) per optimizer step."""
+
+    adapter: Path | None = Field(None, description="a PEFT folder to start from (or to use, if the stage is not run)")
+    epochs: float = Field(1.0, gt=0)
+    batch_size: int = Field(16, ge=1)
+    micro_batch_size: int = Field(8, ge=1)
+    learning_rate: float = Field(2e-4, gt=0)
+    schedule: Schedule = "linear"
+    warmup_fraction: float = Field(0.05, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_gradient_norm: float = Field(1.0, gt=0)
+    max_length: int = Field(1024, ge=8, description="tokens of prompt and response together")
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _whole_micro_batches(self) -> "SupervisedConfig":
+        if self.batch_size % self.micro_batch_size:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size")
+        return self
+
+
+class SFTConfig(SupervisedConfig):
+    pass
+
+
+class RewardConfig(SupervisedConfig):
+    centering: float = Field(0.01, ge=0, description="weight of (r_chosen + r_rejected)^2; keeps scores near zero")
+
+
+class RolloutConfig(Section):
+    episodes: int = Field(64, ge=1, description="an update")
+    temperature: float = Field(1.0, gt=0)
+    top_k: int = Field(0, ge=0, description="0 is off; on, samples leave the distribution that is trained: warned of")
+    top_p: float = Field(1.0, gt=0, le=1, description="1 is off; on, as for top_k")
+    min_response_length: int = Field(0, ge=0, description="EOS is withheld before; as for top_k")
+    max_prompt_length: int = Field(512, ge=1, description="tokens; longer prompts are rejected and counted")
+    max_response_length: int = Field(128, ge=1, description="tokens")
+    batch_size: int = Field(32, ge=1, description="episodes generated side by side")
+
+
+class KLConfig(Section):
+    coefficient: float = Field(0.05, ge=0, description="of the per-token k1 in the reward")
+
+
+class RewardsConfig(Section):
+    normalize: bool = Field(True, description="by the reward model's own mean and spread on SFT samples")
+    clip: float | None = Field(5.0, gt=0, description="of the (normalised) score")
+    missing_eos_penalty: float = Field(1.0, ge=0, description="taken from the score of a response without EOS")
+
+
+class AdvantageConfig(Section):
+    gamma: float = Field(1.0, gt=0, le=1)
+    lam: float = Field(0.95, ge=0, le=1)
+    whiten: bool = True
+
+
+class CriticConfig(Section):
+    kind: Literal["head", "adapter"] = "head"
+    coefficient: float = Field(0.1, ge=0, description="of the value loss")
+    clip: float | None = Field(0.2, gt=0)
+    learning_rate: float | None = Field(None, gt=0, description="of the value head; the optimizer's if not given")
+
+
+class LossConfig(Section):
+    epochs: int = Field(4, ge=1)
+    minibatches: int = Field(4, ge=1)
+    micro_batch_size: int = Field(8, ge=1, description="episodes")
+    clip: float = Field(0.2, gt=0, lt=1)
+
+
+class OptimizerConfig(Section):
+    learning_rate: float = Field(1e-4, gt=0)
+    schedule: Schedule = "linear"
+    warmup_updates: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    max_gradient_norm: float = Field(1.0, gt=0)
+
+
+class GuardConfig(Section):
+    target_kl: float | None = Field(None, gt=0, description="ends an update's epochs when policy/approxkl passes it")
+
+
+class PPOConfig(Section):
+    updates: int = Field(100, ge=1)
+    checkpoint_every: int = Field(10, ge=1, description="updates")
+    keep_checkpoints: int = Field(2, ge=1)
+    rollout: RolloutConfig = RolloutConfig()
+    kl: KLConfig = KLConfig()
+    rewards: RewardsConfig = RewardsConfig()
+    advantage: AdvantageConfig = AdvantageConfig()
+    critic: CriticConfig = CriticConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    guard: GuardConfig = GuardConfig()
+
+    @model_validator(mode="after")
+    def _whole_minibatches(self) -> "PPOConfig":
+        per_minibatch = self.loss.minibatches * self.loss.micro_batch_size
+        if self.rollout.episodes % per_minibatch:
+            raise ValueError(
+                f"rollout.episodes {self.rollout.episodes} is not a multiple of "
+                f"loss.minibatches × loss.micro_batch_size = {per_minibatch}"
+            )
+        return self
+
+
+class EvaluationConfig(Section):
+    prompts: int = Field(64, ge=2, description="held-out prompts at most")
+    samples: int = Field(4, ge=1, description="answers a prompt")
+    gold: Literal["sentiment"] | None = Field(None, description="a known ground truth, where the task has one")
+    show: int = Field(3, ge=0, description="prompts shown with the answer before and after")
+
+
+class ClusterConfig(Section):
+    address: str = Field("local", description="local: a Ray of our own (in a Ray job: the job's); auto, or host:port")
+    cpus: int | None = Field(None, ge=1, description="of the worker; all that the cluster's node has, if not given")
+    gpus: int | None = Field(None, ge=0, le=1, description="of the worker; one if there is one, if not given")
+    placement_timeout_seconds: float = Field(10.0, gt=0)
+
+
+class TrackingConfig(Section):
+    tensorboard: bool = False
+
+
+class Config(Section):
+    run: RunConfig
+    base: BaseModelConfig = BaseModelConfig()
+    adapters: AdaptersConfig = AdaptersConfig()
+    data: DataConfig = DataConfig()
+    sft: SFTConfig = SFTConfig()
+    reward: RewardConfig = RewardConfig()
+    ppo: PPOConfig = PPOConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _stages_have_data(self) -> "Config":
+        for stage in self.run.stages:
+            if getattr(self.data, stage) is None:
+                raise ValueError(f"run.stages names {stage}, so data.{stage} is needed")
+        if "ppo" in self.run.stages and "reward" not in self.run.stages and self.reward.adapter is None:
+            raise ValueError("ppo needs a reward model: put reward into run.stages, or give reward.adapter")
+        return self

@@ -1,0 +1,107 @@
+"""What a stage is given and gives back: the few shared handles, the records of inputs, the record of results."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from align.artifacts import Artifact
+from align.errors import DataError
+from align.tracking import Tracker
+from data.records import Account, Comparison, Demonstration, Prompt, Reject
+from data.rejects import check_rate, describe, write_rejects
+
+if TYPE_CHECKING:
+    from align.adapters import AdaptedModel  # the driver builds inputs from these records without torch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn. Logprobs are of the untruncated softmax at `temperature`, whatever top_k and top_p."""
+
+    temperature: float
+    max_response_length: int  # tokens
+    max_prompt_length: int  # tokens
+    batch_size: int  # episodes generated side by side
+    top_k: int = 0
+    top_p: float = 1.0
+    min_response_length: int = 0
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """The shared handles. `seed` is the stage's own, made from (run seed, stage name)."""
+
+    model: "AdaptedModel"
+    tracker: Tracker
+    folder: Path  # this stage's folder in the run
+    seed: int
+    system_prompt: str | None
+    max_reject_rate: float
+    resume: bool = False
+    rank: int = 0
+    world_size: int = 1
+
+    def set_aside(self, what: str, rows_in: int, rejects: list[Reject]) -> Account:
+        """Account for rows that did not fit once they were tokenized: into <stage>/rejects-<what>-tokens.jsonl.
+
+        Raises:
+            DataError: more than data.max_reject_rate of them, or none is left.
+        """
+        account = Account.of(rows_in, rejects)
+        path = self.folder / f"rejects-{what}-tokens.jsonl"
+        if self.rank == 0:
+            write_rejects(path, rejects)
+        check_rate(account, rejects, max_rate=self.max_reject_rate, what=f"{what} (tokenized)", rejects_path=path)
+        if account.kept == 0:
+            raise DataError(f"{what}: no row is left after tokenization: {describe(account)}; see {path}")
+        return account
+
+
+@dataclass(frozen=True)
+class SFTInputs:
+    train: tuple[Demonstration, ...]
+    held_out: tuple[Demonstration, ...]
+    adapter: Artifact | None = None  # brought by the user, to start from
+
+
+@dataclass(frozen=True)
+class RewardInputs:
+    sft: Artifact | None  # None: a zero sft adapter
+    train: tuple[Comparison, ...]
+    held_out: tuple[Comparison, ...]
+    sampling: Sampling  # of the SFT responses that the score's mean and spread are measured on
+    adapter: Artifact | None = None  # brought by the user, to start from
+
+
+@dataclass(frozen=True)
+class PPOInputs:
+    sft: Artifact | None
+    reward_adapter: Artifact
+    reward_head: Artifact
+    prompts: tuple[Prompt, ...]
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    sft: Artifact | None
+    policy: Artifact
+    reward_adapter: Artifact
+    reward_head: Artifact
+    prompts: tuple[Prompt, ...]  # held out
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """`metrics` is JSON: reproducible values only, no clocks. `account` counts the rows that the stage itself set
+    aside once they were tokenized."""
+
+    stage: str
+    artifacts: tuple[Artifact, ...]
+    metrics: Mapping[str, object]
+    account: Account | None = None
+    notes: tuple[str, ...] = field(default=())  # said to the user at the end of the stage
+
+    def artifact(self, kind: str) -> Artifact:
+        return next(artifact for artifact in self.artifacts if artifact.kind == kind)

@@ -1,0 +1,136 @@
+"""Episodes (one prompt and one response) and the no-frills passes over them: logprobs, values, scores.
+
+Batches are right-padded, so positions need no care; a response's token t is predicted from the hidden state at
+position prompt_length + t − 1. The full-vocabulary logits exist for one chunk of response tokens at a time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from align.adapters import AdaptedModel
+from align.heads import ScalarHead
+from data.batching import right_pad
+
+_LOGIT_BYTES = 2**27  # at most this much of float32 logits at a time
+
+
+@dataclass(frozen=True)
+class Episode:
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]  # EOS included where the response ended
+    has_eos: bool
+
+
+@dataclass(frozen=True)
+class EpisodeBatch:
+    ids_BS: Tensor  # int64, right-padded
+    is_token_BS: Tensor  # bool
+    prompt_length_B: Tensor  # int64
+    response_length_B: Tensor  # int64, at least 1
+
+    @property
+    def is_response_BT(self) -> Tensor:
+        """bool (B, T), T the longest response of this batch."""
+        length = int(self.response_length_B.max())
+        return torch.arange(length, device=self.ids_BS.device)[None] < self.response_length_B[:, None]
+
+    @property
+    def response_positions_BT(self) -> Tensor:
+        """int64 (B, T): where each response token stands in ids_BS; past the response, its last token's place."""
+        steps = torch.arange(int(self.response_length_B.max()), device=self.ids_BS.device)[None]
+        return self.prompt_length_B[:, None] + torch.minimum(steps, self.response_length_B[:, None] - 1)
+
+
+@dataclass(frozen=True)
+class PolicyPass:
+    """Padding holds 0. `entropy_BT` and `values_BT` are None if they were not asked for."""
+
+    logprobs_BT: Tensor  # float32, of the softmax at the sampling temperature
+    entropy_BT: Tensor | None
+    values_BT: Tensor | None  # float32: the state before each response token
+
+
+def collate(episodes: list[Episode], *, pad_id: int, device: torch.device) -> EpisodeBatch:
+    ids_BS, is_token_BS = right_pad([e.prompt_ids + e.response_ids for e in episodes], pad_id, device)
+    return EpisodeBatch(
+        ids_BS,
+        is_token_BS,
+        torch.tensor([len(e.prompt_ids) for e in episodes], device=device),
+        torch.tensor([len(e.response_ids) for e in episodes], device=device),
+    )
+
+
+def policy_pass(
+    model: AdaptedModel,
+    batch: EpisodeBatch,
+    *,
+    temperature: float = 1.0,
+    value_head: ScalarHead | None = None,
+    with_entropy: bool = False,
+) -> PolicyPass:
+    """Logprobs of the response tokens under the present role, with values from the same trunk if a head is given."""
+    hidden_BSH = model.hidden(batch.ids_BS, batch.is_token_BS)
+    is_response_BT = batch.is_response_BT
+    positions_BT = batch.response_positions_BT
+    rows_N, steps_N = is_response_BT.nonzero(as_tuple=True)
+    positions_N = positions_BT[rows_N, steps_N]
+    before_NH = hidden_BSH[rows_N, positions_N - 1]
+    targets_N = batch.ids_BS[rows_N, positions_N]
+    logprobs_N, entropy_N = token_logprobs(model, before_NH, targets_N, temperature, with_entropy)
+    values_N = value_head(before_NH)[:, 0] if value_head is not None else None
+
+    def scatter(values: Tensor | None) -> Tensor | None:
+        if values is None:
+            return None
+        return torch.zeros(is_response_BT.shape, device=values.device).index_put((rows_N, steps_N), values)
+
+    logprobs_BT = scatter(logprobs_N)
+    assert logprobs_BT is not None
+    return PolicyPass(logprobs_BT, scatter(entropy_N), scatter(values_N))
+
+
+def value_pass(model: AdaptedModel, head: ScalarHead, batch: EpisodeBatch) -> Tensor:
+    """Values (B, T) float32 of the state before each response token, under the present role; padding holds 0."""
+    hidden_BSH = model.hidden(batch.ids_BS, batch.is_token_BS)
+    rows_B1 = torch.arange(len(hidden_BSH), device=hidden_BSH.device)[:, None]
+    return head(hidden_BSH[rows_B1, batch.response_positions_BT - 1])[..., 0] * batch.is_response_BT
+
+
+def score_pass(model: AdaptedModel, head: ScalarHead, batch: EpisodeBatch) -> Tensor:
+    """The reward model's score (B,) float32 at the real last token of each episode, under the present role."""
+    hidden_BSH = model.hidden(batch.ids_BS, batch.is_token_BS)
+    last_B = batch.prompt_length_B + batch.response_length_B - 1
+    return head(hidden_BSH[torch.arange(len(last_B), device=last_B.device), last_B])[:, 0]
+
+
+def token_logprobs(
+    model: AdaptedModel, hidden_NH: Tensor, targets_N: Tensor, temperature: float, with_entropy: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Logprobs and entropies (N,) of the untruncated softmax(logits / temperature), in float32, chunk by chunk.
+
+    With gradients on, each chunk's logits are computed again in the backward pass instead of being kept.
+    """
+    vocabulary = model.base.model.config.get_text_config().vocab_size
+    size = max(1, _LOGIT_BYTES // (4 * vocabulary))
+    logprobs, entropies = [], []
+
+    def one_chunk(hidden_CH: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor | None]:
+        logits_CV = model.logits(hidden_CH).float() / temperature
+        log_total_C = logits_CV.logsumexp(-1)
+        entropy_C = None
+        if with_entropy:  # H = log Z − Σ p·logit
+            entropy_C = log_total_C - ((logits_CV - log_total_C[:, None]).exp() * logits_CV).sum(-1)
+        return logits_CV.gather(-1, targets_C[:, None])[:, 0] - log_total_C, entropy_C
+
+    for start in range(0, len(targets_N), size):
+        chunk = slice(start, start + size)
+        if torch.is_grad_enabled():
+            result = checkpoint(one_chunk, hidden_NH[chunk], targets_N[chunk], use_reentrant=False)
+        else:
+            result = one_chunk(hidden_NH[chunk], targets_N[chunk])
+        logprobs.append(result[0])
+        entropies.append(result[1])
+    return torch.cat(logprobs), torch.cat(entropies) if with_entropy else None

@@ -1,0 +1,82 @@
+"""Tiny random models with a byte-level tokenizer: `base.model: tiny:llama`, for tests and for a run in seconds.
+
+Three shapes, since adapters, positions and templates differ: llama (ChatML template), gpt2 (Conv1D layers, learned
+positions, no chat template, one special token), qwen2 (biases, ChatML, two EOS tokens).
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from align.embedded import cache_folder
+from align.errors import ModelError
+
+SHAPES = ("llama", "gpt2", "qwen2")
+_VERSION = "2"  # part of the cache's name: raise it when what is built changes
+_CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def find_tiny(shape: str) -> Path:
+    """The cached folder of a tiny model; built on the first call, the same bytes on every machine of one torch."""
+    if shape not in SHAPES:
+        raise ModelError(f"base.model: tiny:{shape} is not known; there are {', '.join('tiny:' + s for s in SHAPES)}")
+    folder = cache_folder() / f"tiny-{shape}-{_VERSION}"
+    if (folder / "config.json").is_file():
+        return folder
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True, exist_ok=True)
+    try:
+        build_tiny(shape, temporary)
+        if not folder.exists():  # another process may have been faster
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def build_tiny(shape: str, folder: Path, *, seed: int = 0) -> None:
+    """Write a two-layer model of width 32 with random weights of `seed`, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+
+    tokenizer = _tokenizer(shape)
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
+    size = {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
+    wide = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if shape == "gpt2":
+        config = GPT2Config(vocab_size=len(tokenizer), n_positions=512, n_embd=32, n_layer=2, n_head=4, **ids)
+    elif shape == "qwen2":
+        config = Qwen2Config(**size, **wide, num_key_value_heads=2, tie_word_embeddings=True, **ids)
+    else:
+        config = LlamaConfig(**size, **wide, num_key_value_heads=2, **ids)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if shape == "qwen2":  # as Qwen's instruct models: two tokens end an answer
+        model.generation_config.eos_token_id = [
+            tokenizer.eos_token_id,
+            tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        ]
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _tokenizer(shape: str):
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    inner = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    if shape == "gpt2":
+        inner.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
+        return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|endoftext|>")
+    inner.add_special_tokens(
+        [AddedToken(text, special=True) for text in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
+    )
+    pad = "<|im_end|>" if shape == "llama" else "<|endoftext|>"  # llama: pad is EOS, as in many real tokenizers
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token=pad, chat_template=_CHATML)

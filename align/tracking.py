@@ -1,0 +1,89 @@
+"""What a run writes about itself: metrics.jsonl (reproducible values only), timings.jsonl (clocks and memory),
+status.json (for progress bars and `align status`), TensorBoard if asked."""
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from align.artifacts import write_json
+from align.errors import InvariantError
+
+
+class Tracker:
+    """Owns a stage's metrics files and the run's status.json.
+
+    Args:
+        folder: the stage's folder in the run.
+        stage: its name.
+        resume: keep the lines that are there (the stage then calls `rewind`); otherwise start new files.
+        tensorboard: also write event files under folder/tensorboard.
+    """
+
+    def __init__(self, folder: Path, *, stage: str, resume: bool = False, tensorboard: bool = False) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._stage = stage
+        self._started = time.time()
+        self._last_metrics: dict[str, float] = {}
+        self._last_write = 0.0
+        for name in ("metrics.jsonl", "timings.jsonl"):
+            if not resume:
+                (folder / name).write_text("", encoding="utf-8")
+        self._writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # imported only if asked: half a second
+
+            self._writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines after `step`: what a stopped run did past its last checkpoint is done again."""
+        for name in ("metrics.jsonl", "timings.jsonl"):
+            path = self._folder / name
+            if path.exists():
+                whole = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+                kept = [line for line in whole if json.loads(line)["step"] <= step]
+                path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line to metrics.jsonl. Raises InvariantError if a value is not finite."""
+        bad = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+        if bad:
+            raise InvariantError(f"{self._stage} step {step}: not finite: {bad}")
+        self._append("metrics.jsonl", {"step": step, **metrics})
+        self._last_metrics = dict(metrics)
+        for name, value in metrics.items():
+            if self._writer is not None:
+                self._writer.add_scalar(name, value, step)
+
+    def log_timing(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line of clocks (seconds) and memory (bytes) to timings.jsonl."""
+        self._append("timings.jsonl", {"step": step, "time": time.time(), **values})
+
+    def progress(self, done: int, total: int, doing: str) -> None:
+        """Say how far the present activity is; the driver draws a bar from it. Cheap: writes at most 5 times a second."""
+        now = time.time()
+        if now - self._last_write < 0.2 and done not in (0, total):
+            return
+        self._last_write = now
+        if done == 0:
+            self._started = now
+        status = {
+            "stage": self._stage,
+            "doing": doing,
+            "done": done,
+            "total": total,
+            "started": self._started,
+            "updated": now,
+            "metrics": self._last_metrics,
+        }
+        write_json(self._folder.parent / "status.json", status, durable=False)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def _append(self, name: str, values: Mapping[str, float]) -> None:
+        with (self._folder / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")

@@ -1,0 +1,89 @@
+"""The records that every data source is turned into: one frozen type for each kind of row.
+
+A prompt is a tuple of messages that ends with a user's turn; a string prompt in a file becomes one user message.
+`source` says where a row came from ("file.jsonl:12"), so that any later rejection can name it.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Role = Literal["system", "user", "assistant"]
+RecordKind = Literal["demonstration", "comparison", "prompt", "text"]
+
+
+@dataclass(frozen=True)
+class Message:
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """A conversation to imitate: every assistant turn in it is learnt, the last message is one."""
+
+    messages: tuple[Message, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prompt and two responses, of which `chosen` was preferred."""
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation that waits for the assistant's answer."""
+
+    messages: tuple[Message, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """Text without turns."""
+
+    text: str
+    source: str
+
+
+Record = Demonstration | Comparison | Prompt | PlainText
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A row that was set aside: `reason` is a short fixed phrase (counted), `detail` says what was seen."""
+
+    source: str
+    reason: str
+    field: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Account:
+    """rows_in = kept + the sum of rejected; `rejected` maps reason to count, sorted by reason."""
+
+    rows_in: int
+    kept: int
+    rejected: tuple[tuple[str, int], ...]
+
+    @property
+    def num_rejected(self) -> int:
+        return sum(count for _, count in self.rejected)
+
+    @staticmethod
+    def of(rows_in: int, rejects: "Sequence[Reject]") -> "Account":
+        counts = Counter(reject.reason for reject in rejects)
+        return Account(rows_in, rows_in - len(rejects), tuple(sorted(counts.items())))
+
+    def __add__(self, other: "Account") -> "Account":
+        """Both together: of two sources or splits."""
+        counts = Counter(dict(self.rejected)) + Counter(dict(other.rejected))
+        return Account(self.rows_in + other.rows_in, self.kept + other.kept, tuple(sorted(counts.items())))
