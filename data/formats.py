@@ -1,0 +1,195 @@
+"""From one raw row to one record, or to a reject that says why not.
+
+The format is detected by the row's keys; the formats are those that TRL documents for its data sets. Other columns
+are ignored. A string prompt becomes one user message. Roles: an optional system message first, then user and
+assistant in turns, the user first.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
+
+from data.records import Comparison, Demonstration, Message, PlainText, Prompt, Record, RecordKind, Reject, Role
+
+Row = Mapping[str, object]
+
+FORMATS: Mapping[RecordKind, tuple[str, ...]] = {
+    "demonstration": ("messages", "prompt + completion"),
+    "comparison": ("prompt + chosen + rejected", "chosen + rejected"),
+    "prompt": ("prompt", "messages, the last one the user's"),
+    "text": ("text",),
+}
+
+_ROLES: Mapping[object, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
+_DETAIL_LENGTH = 80
+
+
+class _UnfitError(Exception):
+    """Why a row is not a record; leaves this module only as a Reject."""
+
+    def __init__(self, reason: str, field: str, detail: str) -> None:
+        super().__init__(reason, field, detail)
+        self.reason, self.field, self.detail = reason, field, detail
+
+
+def parse_row(row: Row, source: str, kind: RecordKind) -> Record | Reject:
+    """The record of `kind` that `row` holds; `source` ("file.jsonl:12") is kept in it."""
+    try:
+        return _PARSERS[kind](row, source)
+    except _UnfitError as unfit:
+        return Reject(source, unfit.reason, unfit.field, unfit.detail)
+
+
+def shorten(value: object) -> str:
+    """`value` as one line of at most 80 characters."""
+    line = " ".join((value if isinstance(value, str) else repr(value)).split())
+    return line if len(line) <= _DETAIL_LENGTH else line[: _DETAIL_LENGTH - 1] + "…"
+
+
+def demonstration(row: Row, source: str) -> Demonstration:
+    """`messages`, or `prompt` + `completion`; in both, every assistant turn is one to learn."""
+    if row.get("messages") is not None:
+        field, messages = "messages", _messages(row["messages"], "messages")
+    else:
+        field = "completion"
+        messages = _as_messages(row, "prompt", "user") + _as_messages(row, "completion", "assistant")
+    _check_turns(messages, field, last="assistant")
+    return Demonstration(messages, source)
+
+
+def comparison(row: Row, source: str) -> Comparison:
+    """`chosen` + `rejected`, with the prompt beside them or as what both begin with."""
+    chosen, rejected = _present(row, "chosen"), _present(row, "rejected")
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise _UnfitError("wrong type", "rejected", f"{shorten(rejected)}, where chosen is {type(chosen).__name__}")
+    if isinstance(chosen, str):
+        prompt, sides = _compared_strings(row, _text(chosen, "chosen"), _text(rejected, "rejected"))
+    else:
+        prompt, sides = _compared_messages(row, _messages(chosen, "chosen"), _messages(rejected, "rejected"))
+    _check_turns(prompt, "prompt", last="user")
+    for field, side in zip(("chosen", "rejected"), sides, strict=True):
+        if not side.strip():
+            raise _UnfitError("empty response", field, repr(side))
+    if sides[0].strip() == sides[1].strip():
+        raise _UnfitError("identical pair", "rejected", shorten(sides[1]))
+    return Comparison(prompt, *sides, source)
+
+
+def prompt(row: Row, source: str) -> Prompt:
+    """`prompt` (a string or messages), or `messages`; the last turn is the user's."""
+    field = "messages" if row.get("prompt") is None and row.get("messages") is not None else "prompt"
+    messages = _as_messages(row, field, "user")
+    _check_turns(messages, field, last="user")
+    return Prompt(messages, source)
+
+
+def plain_text(row: Row, source: str) -> PlainText:
+    """`text`."""
+    text = _text(_present(row, "text"), "text")
+    if not text.strip():
+        raise _UnfitError("empty text", "text", repr(text))
+    return PlainText(text, source)
+
+
+_PARSERS: Mapping[RecordKind, Callable[[Row, str], Record]] = {
+    "demonstration": demonstration,
+    "comparison": comparison,
+    "prompt": prompt,
+    "text": plain_text,
+}
+
+
+def _compared_strings(row: Row, chosen: str, rejected: str) -> tuple[tuple[Message, ...], tuple[str, str]]:
+    if row.get("prompt") is not None:
+        return _as_messages(row, "prompt", "user"), (chosen, rejected)
+    if chosen == rejected:
+        raise _UnfitError("identical pair", "rejected", shorten(rejected))
+    border = _common_border(chosen, rejected)
+    # The template separates the turns, so the white space at the cut belongs to neither.
+    prompt = (Message("user", chosen[:border].strip()),)
+    return prompt, (chosen[border:].lstrip(), rejected[border:].lstrip())
+
+
+def _common_border(first: str, second: str) -> int:
+    """The length of the longest common prefix that does not end inside a word."""
+    end = _common_length(first, second)
+    if all(len(text) == end or text[end].isspace() for text in (first, second)):
+        return end
+    while end > 0 and not first[end - 1].isspace():
+        end -= 1
+    return end
+
+
+def _common_length(first: Sequence[object], second: Sequence[object]) -> int:
+    pairs = zip(first, second, strict=False)
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+
+
+def _compared_messages(
+    row: Row, chosen: tuple[Message, ...], rejected: tuple[Message, ...]
+) -> tuple[tuple[Message, ...], tuple[str, str]]:
+    if row.get("prompt") is not None and len(chosen) == len(rejected) == 1:
+        prompt = _as_messages(row, "prompt", "user")
+    elif chosen == rejected:
+        raise _UnfitError("identical pair", "rejected", f"{len(rejected)} equal messages")
+    else:
+        # Beside a `prompt`, both may still hold the whole conversation (ultrafeedback_binarized does that).
+        prompt = chosen[: _common_length(chosen, rejected)]
+        chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+    for field, side in (("chosen", chosen), ("rejected", rejected)):
+        if [message.role for message in side] != ["assistant"]:
+            roles = ", ".join(message.role for message in side) or "nothing"
+            raise _UnfitError("role order", field, shorten(f"{roles} after the common prompt, not one assistant turn"))
+    return prompt, (chosen[0].content, rejected[0].content)
+
+
+def _present(row: Row, field: str) -> object:
+    value = row.get(field)
+    if value is None:
+        raise _UnfitError("missing field", field, shorten(f"keys are {', '.join(row) or 'none'}"))
+    return value
+
+
+def _text(value: object, field: str) -> str:
+    if not isinstance(value, str):
+        raise _UnfitError("wrong type", field, f"{shorten(value)}, not a string")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # a lone surrogate is valid JSON, but no tokenizer takes it
+        raise _UnfitError("malformed", field, shorten(str(error))) from None
+    return value
+
+
+def _as_messages(row: Row, field: str, role: Role) -> tuple[Message, ...]:
+    value = _present(row, field)
+    return (Message(role, _text(value, field)),) if isinstance(value, str) else _messages(value, field)
+
+
+def _messages(value: object, field: str) -> tuple[Message, ...]:
+    if not isinstance(value, list):
+        raise _UnfitError("wrong type", field, f"{shorten(value)}, not a list of messages")
+    return tuple(_message(item, f"{field}[{index}]") for index, item in enumerate(cast(list[object], value)))
+
+
+def _message(item: object, field: str) -> Message:
+    if not isinstance(item, dict):
+        raise _UnfitError("wrong type", field, f"{shorten(item)}, not a message")
+    message = cast(Row, item)
+    role, content = _present(message, "role"), _present(message, "content")
+    if not isinstance(role, str):
+        raise _UnfitError("wrong type", f"{field}.role", f"{shorten(role)}, not a string")
+    if role not in _ROLES:
+        raise _UnfitError("role order", f"{field}.role", f"unknown role {shorten(role)}")
+    return Message(_ROLES[role], _text(content, f"{field}.content"))
+
+
+def _check_turns(messages: Sequence[Message], field: str, *, last: Role) -> None:
+    turns = messages[1:] if messages and messages[0].role == "system" else messages
+    if not turns:
+        raise _UnfitError("empty prompt", field, "no turns")
+    if any(turn.role != ("user", "assistant")[index % 2] for index, turn in enumerate(turns)) or turns[-1].role != last:
+        roles = ", ".join(message.role for message in messages)
+        raise _UnfitError("role order", field, shorten(f"{roles}; wanted user first, in turns, {last} last"))
+    for turn in turns:
+        if not turn.content.strip():
+            reason = "empty prompt" if turn.role == "user" else "empty response"
+            raise _UnfitError(reason, field, repr(turn.content))
