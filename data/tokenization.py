@@ -1,0 +1,275 @@
+"""From messages to token ids: the one tokenization that SFT, reward training and PPO share.
+
+A conversation is tokenized in pieces: the template's text up to an answer, the answer, the template's text up to the
+next answer, and so on. So what is trained on is, turn by turn, exactly `encode_prompt` of what went before and
+`encode_response` of the answer, whatever tokens the tokenizer would have made across the borders.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar, cast
+
+import jinja2
+
+from align.errors import ModelError
+from data.records import Comparison, Demonstration, Message, Prompt, Reject
+from data.template import DEFAULT_CHAT_TEMPLATE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+OnProgress = Callable[[int, int], None]  # (rows done, rows in all)
+RecordT = TypeVar("RecordT", Demonstration, Comparison, Prompt)
+TokenizedT = TypeVar("TokenizedT")
+
+_PROBE = "align probe"
+_NUL_TOKENS = ("Ā", "<0x00>")  # the byte 0 in byte-level and byte-fallback vocabularies
+
+
+class EncodingError(ValueError):
+    """A conversation that cannot become token ids; `reason`, `field` and `detail` are those of its Reject."""
+
+    def __init__(self, reason: str, field: str, detail: str) -> None:
+        super().__init__(reason, field, detail)
+        self.reason, self.field, self.detail = reason, field, detail
+
+
+class TemplateRewriteError(EncodingError):
+    """What the template writes for earlier turns depends on later ones."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A tokenizer, with what else the pipeline needs to know of it settled; made by `make_codec`."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    eos_ids: tuple[int, ...]  # any of them stops a response
+    end_of_turn_id: int  # ends every response that is trained on; one of eos_ids
+    pad_id: int  # never one of eos_ids
+    system_prompt: str | None  # put before conversations without a system message
+
+
+@dataclass(frozen=True)
+class TokenizedDemonstration:
+    ids: tuple[int, ...]  # the last is the end-of-turn id
+    is_response: tuple[bool, ...]  # True on the answers and the end-of-turn ids after them
+
+
+@dataclass(frozen=True)
+class TokenizedComparison:
+    prompt_ids: tuple[int, ...]
+    chosen_ids: tuple[int, ...]  # the response alone; the last is the end-of-turn id
+    rejected_ids: tuple[int, ...]  # likewise
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    ids: tuple[int, ...]  # generation prompt included
+    messages: tuple[Message, ...]
+    source: str
+
+
+def make_codec(tokenizer: "PreTrainedTokenizerBase", *, eos_ids: Sequence[int], system_prompt: str | None) -> Codec:
+    """`eos_ids`: those of generation config, config and tokenizer together; the end-of-turn id joins them.
+
+    Sets the tokenizer's `chat_template`, if it has none, and its `pad_token`, so that trainers that read them from
+    the tokenizer agree. ModelError if there is no EOS token, or if the template refuses or leaves out the system
+    prompt.
+    """
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
+    default_id = cast("int | None", tokenizer.eos_token_id)
+    stops = list(dict.fromkeys(eos_ids if default_id is None else [*eos_ids, default_id]))
+    if not stops:
+        raise ModelError("the tokenizer has no EOS token, so no response could end; set its eos_token")
+    default_id = stops[0] if default_id is None else default_id
+    end_of_turn_id = _find_end_of_turn(Codec(tokenizer, tuple(stops), default_id, -1, system_prompt))
+    stops += [end_of_turn_id] if end_of_turn_id not in stops else []
+    pad_id = _find_pad(tokenizer, stops)
+    tokenizer.pad_token = cast(str, tokenizer.convert_ids_to_tokens(pad_id))
+    return Codec(tokenizer, tuple(stops), end_of_turn_id, pad_id, system_prompt)
+
+
+def encode_prompt(codec: Codec, messages: Sequence[Message]) -> list[int]:
+    """The ids that the assistant's answer follows, generation prompt included. EncodingError if there are none.
+
+    If the template rewrites earlier answers, its whole text is tokenized at once: nothing has to match it here.
+    """
+    try:
+        return _encode_turns(codec, messages)[0]
+    except TemplateRewriteError:
+        return _tokenize(codec, _render(codec, messages))
+
+
+def encode_response(codec: Codec, text: str) -> list[int]:
+    """The ids of an answer and the end-of-turn id. EncodingError if the text itself holds an EOS token."""
+    ids = _tokenize(codec, text)
+    if not set(ids).isdisjoint(codec.eos_ids):
+        raise EncodingError("end token in response", "response", f"the text spells out one of {codec.eos_ids}")
+    return [*ids, codec.end_of_turn_id]
+
+
+def decode_response(codec: Codec, ids: Sequence[int]) -> str:
+    """The text of an answer, special tokens left out."""
+    return cast(str, codec.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+def encode_conversation(codec: Codec, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    """(ids, is_response) of a conversation that ends with an answer: the last id is its end-of-turn id.
+
+    `is_response` is True on the tokens of every answer and on the end-of-turn id after it. EncodingError if the
+    template refuses the conversation or rewrites earlier turns: then no one sequence shows what a policy would see.
+    """
+    ids, is_response = _encode_turns(codec, messages[:-1])
+    response = encode_response(codec, messages[-1].content)
+    return ids + response, is_response + [True] * len(response)
+
+
+def encode_demonstrations(
+    codec: Codec, records: Sequence[Demonstration], *, max_length: int, on_progress: OnProgress | None = None
+) -> tuple[list[TokenizedDemonstration], list[Reject]]:
+    """Over `max_length` a demonstration is cut from the left, never in its last answer, which needs an id before it."""
+
+    def encode(record: Demonstration) -> TokenizedDemonstration:
+        ids, is_response = encode_conversation(codec, record.messages)
+        length = is_response[::-1].index(False) if False in is_response else len(ids)
+        _check_length(length, max_length, "messages")
+        return TokenizedDemonstration(tuple(ids[-max_length:]), tuple(is_response[-max_length:]))
+
+    return _encode_all(records, encode, on_progress)
+
+
+def encode_comparisons(
+    codec: Codec, records: Sequence[Comparison], *, max_length: int, on_progress: OnProgress | None = None
+) -> tuple[list[TokenizedComparison], list[Reject]]:
+    """Over `max_length` the prompt is cut from the left, for both sides as the longer one needs, to one id at least."""
+
+    def encode(record: Comparison) -> TokenizedComparison:
+        chosen, rejected = encode_response(codec, record.chosen), encode_response(codec, record.rejected)
+        for field, side in (("chosen", chosen), ("rejected", rejected)):
+            _check_length(len(side), max_length, field)
+        if chosen == rejected:
+            raise EncodingError("identical after truncation", "rejected", f"both are the same {len(chosen)} tokens")
+        room = max_length - max(len(chosen), len(rejected))
+        prompt = encode_prompt(codec, record.prompt)[-room:]
+        return TokenizedComparison(tuple(prompt), tuple(chosen), tuple(rejected))
+
+    return _encode_all(records, encode, on_progress)
+
+
+def encode_prompts(
+    codec: Codec, prompts: Sequence[Prompt], *, max_prompt_length: int, on_progress: OnProgress | None = None
+) -> tuple[list[TokenizedPrompt], list[Reject]]:
+    """A prompt over `max_prompt_length` is rejected, not cut."""
+
+    def encode(prompt: Prompt) -> TokenizedPrompt:
+        ids = encode_prompt(codec, prompt.messages)
+        if len(ids) > max_prompt_length:
+            raise EncodingError("prompt over length", "prompt", f"{len(ids)} tokens, over {max_prompt_length}")
+        return TokenizedPrompt(tuple(ids), prompt.messages, prompt.source)
+
+    return _encode_all(prompts, encode, on_progress)
+
+
+def _encode_all(
+    records: Sequence[RecordT], encode: Callable[[RecordT], TokenizedT], on_progress: OnProgress | None
+) -> tuple[list[TokenizedT], list[Reject]]:
+    kept: list[TokenizedT] = []
+    rejects: list[Reject] = []
+    for done, record in enumerate(records, start=1):
+        try:
+            kept.append(encode(record))
+        except EncodingError as error:
+            rejects.append(Reject(record.source, error.reason, error.field, error.detail))
+        if on_progress is not None and (done % 256 == 0 or done == len(records)):
+            on_progress(done, len(records))
+    return kept, rejects
+
+
+def _check_length(length: int, max_length: int, field: str) -> None:
+    if length >= max_length:  # one id must be left before a response, or nothing predicts its first token
+        raise EncodingError("response over length", field, f"{length} tokens, over {max_length - 1}")
+
+
+def _encode_turns(codec: Codec, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
+    """(ids, is_response) of turns that end with the user's, generation prompt included."""
+    answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
+    openings = [_render(codec, messages[:end]) for end in [*answers, len(messages)]]
+    ids = _tokenize(codec, openings[0])
+    is_response = [False] * len(ids)
+    for index, before, after in zip(answers, openings, openings[1:], strict=False):
+        answer = messages[index].content
+        start, stop = _find_answer(before, after, answer)
+        lead, gap = _tokenize(codec, after[len(before) : start]), _tokenize(codec, after[stop:])
+        content = encode_response(codec, answer)[:-1]
+        ids += [*lead, *content, *gap]
+        is_response += [False] * len(lead) + [True] * len(content) + _marked_end_of_turn(codec, gap)
+    return ids, is_response
+
+
+def _find_answer(before: str, after: str, answer: str) -> tuple[int, int]:
+    """Where in `after`, the text up to the next answer, `answer` stands; `before` is the text up to it."""
+    written = after.removeprefix(before)
+    if after.startswith(before):
+        if written.startswith(answer):
+            return len(before), len(before) + len(answer)
+        bare, lead = answer.strip(), len(written) - len(written.lstrip())
+        if written[lead:].startswith(bare):  # templates that trim answers, or put a space before them
+            return len(before) + lead, len(before) + lead + len(bare)
+    raise TemplateRewriteError("template rewrites earlier turns", "messages", f"near {answer[:40]!r}")
+
+
+def _marked_end_of_turn(codec: Codec, gap: list[int]) -> list[bool]:
+    """True on the end-of-turn id that `gap`, the text between an answer and the next turn, begins with."""
+    end = gap.index(codec.end_of_turn_id) if codec.end_of_turn_id in gap else None
+    if end is not None and str(codec.tokenizer.decode(gap[:end])).strip():
+        end = None  # it closes a later turn
+    return [position == end for position in range(len(gap))]
+
+
+def _render(codec: Codec, messages: Sequence[Message], *, is_open: bool = True) -> str:
+    """The template's text; `is_open`: it ends where the assistant's answer starts."""
+    if codec.system_prompt is not None and (not messages or messages[0].role != "system"):
+        messages = [Message("system", codec.system_prompt), *messages]
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        text = codec.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=is_open)
+    except jinja2.TemplateError as error:
+        raise EncodingError("template refuses row", "messages", str(error)) from error
+    return cast(str, text)
+
+
+def _tokenize(codec: Codec, text: str) -> list[int]:
+    # The template writes BOS and EOS itself; the tokenizer must not add its own.
+    return cast(list[int], codec.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def _find_end_of_turn(codec: Codec) -> int:
+    """The first special token that the template writes after an answer, or else the codec's."""
+    try:
+        text = _render(codec, [Message("user", "a"), Message("assistant", _PROBE)], is_open=False)
+    except EncodingError as error:
+        what = "a user's and an assistant's turn" if codec.system_prompt is None else "data.system_prompt"
+        raise ModelError(f"the model's chat template refuses {what}: {error.detail}") from error
+    if codec.system_prompt is not None and codec.system_prompt.strip() not in text:
+        raise ModelError("the model's chat template leaves system messages out; remove data.system_prompt")
+    after = _tokenize(codec, text.rpartition(_PROBE)[2]) if _PROBE in text else []
+    ends = {*_special_ids(codec.tokenizer), *codec.eos_ids}
+    return next((token_id for token_id in after if token_id in ends), codec.end_of_turn_id)
+
+
+def _find_pad(tokenizer: "PreTrainedTokenizerBase", eos_ids: Sequence[int]) -> int:
+    """The tokenizer's pad id, unless it is an EOS id: as padding that would mask the token that ends a response."""
+    tokens = {token_id: str(tokenizer.convert_ids_to_tokens(token_id)) for token_id in _special_ids(tokenizer)}
+    named = [cast("int | None", tokenizer.pad_token_id), cast("int | None", tokenizer.unk_token_id)]
+    special = sorted(tokens, key=lambda token_id: ("pad" not in tokens[token_id].lower(), token_id))
+    # Failing these, any id is safe, since all masks come from lengths. But pad_token would be saved as special and
+    # vanish from decoded text, so rather the byte 0 than a letter.
+    nul = [cast(int, tokenizer.convert_tokens_to_ids(token)) for token in _NUL_TOKENS if token in tokenizer.get_vocab()]
+    candidates = [*named, *special, *nul, *range(len(eos_ids) + 1)]
+    return next(token_id for token_id in candidates if token_id is not None and token_id not in eos_ids)
+
+
+def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
+    added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added | set(tokenizer.all_special_ids)
