@@ -104,7 +104,7 @@ class AdaptedModel:
 
     def save(self, name: str, folder: Path) -> None:
         """Write a PEFT folder, the same bytes for the same weights (PEFT itself lists targets in hash order)."""
-        tensors = get_peft_model_state_dict(self.peft, adapter_name=name)
+        tensors = get_peft_model_state_dict(self.peft, adapter_name=name, save_embedding_layers=False)
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in sorted(tensors.items())}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         config = {**self.peft.peft_config[name].to_dict(), "inference_mode": True}
@@ -128,9 +128,9 @@ class AdaptedModel:
             raise InvariantError(f"adapter {name} is there already: {self.names}")
         if self._peft is None:
             self._peft = PeftModel(self.base.model, config, adapter_name=name)  # type: ignore[arg-type]
-            self._peft.eval()
         else:
             self._peft.add_adapter(name, config)
+        self.peft.eval()  # a new adapter's dropout comes in train mode
         self._freeze()
 
     def _freeze(self) -> None:

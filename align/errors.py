@@ -48,3 +48,9 @@ class WorkerError(AlignError):
 
 class InvariantError(AlignError):
     """A run-time invariant does not hold (DESIGN, Contracts); holds the values seen."""
+
+
+class StoppedError(AlignError):
+    """The user stopped the run (Ctrl-C); says how to continue it."""
+
+    exit_code = 130

@@ -1,0 +1,148 @@
+"""Did alignment work? SFT and PPO answer the same held-out prompts with the same keyed uniforms, side by side."""
+
+from dataclasses import dataclass
+from statistics import fmean
+
+import torch
+
+from align.adapters import AdaptedModel
+from align.config import EvaluationConfig
+from align.context import EvaluationInputs, StageContext, StageResult
+from align.episodes import Episode, collate, policy_pass, score_pass
+from align.evaluation.gold import base_nll, gold_score
+from align.generation import generate
+from align.heads import ScalarHead, load_head
+from align.randomness import keyed_uniforms
+from align.statistics import bootstrap_interval
+from data.batching import length_sorted_batches
+from data.tokenization import Codec, decode_response, encode_prompts
+
+_ROLES = {"sft": "sft", "ppo": "policy"}  # the report's name of a side, and its adapter
+_REWARD = "reward"
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One side's answers, prompt by prompt: entry n is answer n % samples to prompt n // samples."""
+
+    texts: list[str]
+    scores: list[float]  # the reward model's
+    nlls: list[float]  # of the raw base, nats a token
+    golds: list[float]  # empty if the task has no gold
+    kls: list[float]  # k1 to the reference, nats a response
+    lengths: list[float]  # tokens
+    ended: list[float]  # 1 where the answer has EOS
+
+
+def run_evaluation(config: EvaluationConfig, inputs: EvaluationInputs, context: StageContext) -> StageResult:
+    """Compare SFT and PPO on held-out prompts; every interval is a bootstrap over prompts."""
+    model, tracker = context.model, context.tracker
+    codec = model.base.codec(context.system_prompt)
+    length = inputs.sampling.max_prompt_length
+    prompts, rejects = encode_prompts(codec, inputs.prompts[: config.prompts], max_prompt_length=length)
+    account = context.set_aside("held_out", min(config.prompts, len(inputs.prompts)), rejects)
+    if inputs.sft is None:
+        model.add("sft", seed=context.seed)
+    else:
+        model.load("sft", inputs.sft.path)
+    model.load("policy", inputs.policy.path)
+    model.load(_REWARD, inputs.reward_adapter.path)
+    head, _ = load_head(inputs.reward_head.path, device=model.device)
+
+    ids = [prompt.ids for prompt in prompts for _ in range(config.samples)]
+    sides = {}
+    for number, (side, role) in enumerate(_ROLES.items()):
+        tracker.progress(number, len(_ROLES), f"answers of {side}")
+        sides[side] = _answer(role, ids, model, codec, head, config, inputs, context)
+    tracker.progress(len(_ROLES), len(_ROLES), "answers")
+    metrics = compare(sides["sft"], sides["ppo"], samples=config.samples, seed=context.seed)
+    metrics["samples"] = [
+        {
+            "prompt": prompts[i].messages[-1].content,
+            "sft": sides["sft"].texts[i * config.samples],
+            "ppo": sides["ppo"].texts[i * config.samples],
+        }
+        for i in range(min(config.show, len(prompts)))
+    ]
+    return StageResult("evaluation", (), metrics, account)
+
+
+@torch.no_grad()
+def _answer(
+    role: str,
+    prompts: list[tuple[int, ...]],
+    model: AdaptedModel,
+    codec: Codec,
+    head: ScalarHead,
+    config: EvaluationConfig,
+    inputs: EvaluationInputs,
+    context: StageContext,
+) -> Answers:
+    sampling = inputs.sampling
+    uniforms = keyed_uniforms(
+        context.seed, "evaluation", 0, list(range(len(prompts))), sampling.max_response_length
+    )
+    with model.role(role):
+        responses = generate(model, codec, prompts, sampling=sampling, uniforms_BT=uniforms)
+    scores, kls = [0.0] * len(prompts), [0.0] * len(prompts)
+    lengths = [len(p) + len(r.ids) for p, r in zip(prompts, responses, strict=True)]
+    for group in length_sorted_batches(lengths, sampling.batch_size):
+        episodes = [Episode(prompts[i], responses[i].ids, responses[i].has_eos) for i in group]
+        batch = collate(episodes, pad_id=codec.pad_id, device=model.device)
+        with model.role(role):
+            own_BT = policy_pass(model, batch, temperature=sampling.temperature).logprobs_BT
+        with model.role("sft"):
+            ref_BT = policy_pass(model, batch, temperature=sampling.temperature).logprobs_BT
+        with model.role(_REWARD):
+            scores_B = score_pass(model, head, batch)
+        for i, kl, one in zip(group, (own_BT - ref_BT).sum(-1).tolist(), scores_B.tolist(), strict=True):
+            kls[i], scores[i] = kl, one
+    texts = [decode_response(codec, r.ids).strip() for r in responses]
+    nlls = base_nll(model, codec, prompts, [r.ids for r in responses])
+    golds = [gold_score(text, nll) for text, nll in zip(texts, nlls, strict=True)] if config.gold else []
+    ended = [float(r.has_eos) for r in responses]
+    return Answers(texts, scores, nlls, golds, kls, [float(len(r.ids)) for r in responses], ended)
+
+
+def compare(sft: Answers, ppo: Answers, *, samples: int, seed: int) -> dict[str, object]:
+    """The report's numbers. Differences and wins are taken answer by answer: both sides drew the same uniforms."""
+    metrics: dict[str, object] = {}
+
+    def put(name: str, values: list[float]) -> None:
+        metrics[name] = fmean(values)
+        means = [fmean(values[i : i + samples]) for i in range(0, len(values), samples)]
+        metrics[f"{name}_ci95"] = list(bootstrap_interval(means, seed=seed))
+
+    def gain(before: list[float], after: list[float]) -> list[float]:
+        return [b - a for a, b in zip(before, after, strict=True)]
+
+    for side, own in (("sft", sft), ("ppo", ppo)):
+        put(f"score_{side}", own.scores)
+        put(f"length_{side}", own.lengths)
+        put("eos_rate" if side == "ppo" else "eos_rate_sft", own.ended)
+        if own.golds:
+            put(f"gold_{side}", own.golds)
+    put("kl", ppo.kls)
+    put("score_gain", gain(sft.scores, ppo.scores))
+    judged = (sft.golds, ppo.golds) if sft.golds else (sft.scores, ppo.scores)
+    put("win_rate", [0.5 + 0.5 * ((d > 0) - (d < 0)) for d in gain(*judged)])
+    metrics["win_rate_judge"] = "gold" if sft.golds else "reward model"
+    if sft.golds:
+        put("gold_gain", gain(sft.golds, ppo.golds))
+    metrics["nll_ratio"] = _per_token(ppo) / _per_token(sft)
+    metrics["distinct2_ratio"] = distinct_2(ppo.texts) / max(distinct_2(sft.texts), 1e-9)
+    metrics["num_answers"] = len(ppo.texts)
+    return metrics
+
+
+def _per_token(answers: Answers) -> float:
+    """The raw base's NLL per token over all answers together."""
+    total = sum(nll * length for nll, length in zip(answers.nlls, answers.lengths, strict=True))
+    return max(total / sum(answers.lengths), 1e-9)
+
+
+def distinct_2(texts: list[str]) -> float:
+    """Distinct-2 (Li et al. 2016): different word pairs over all word pairs, of all texts together; 0 if there are
+    none."""
+    pairs = [pair for text in texts for pair in zip(text.split(), text.split()[1:], strict=False)]
+    return len(set(pairs)) / len(pairs) if pairs else 0.0

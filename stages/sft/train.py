@@ -1,0 +1,98 @@
+"""Supervised fine-tuning: TRL's SFTTrainer trains the `sft` adapter on the resident base."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback
+from trl import SFTConfig as TRLConfig
+from trl import SFTTrainer
+
+from align.adapters import AdaptedModel
+from align.artifacts import write_directory
+from align.config import SFTConfig
+from align.context import SFTInputs, StageContext, StageResult
+from align.episodes import token_logprobs
+from align.errors import InvariantError
+from align.restore import lent
+from data.batching import length_sorted_batches, right_pad
+from data.tokenization import TokenizedDemonstration, encode_demonstrations
+from stages.sft.objective import negative_log_likelihood
+from stages.trainer import ReportToTracker, trainer_arguments
+
+SFT = "sft"
+
+
+def run_sft(config: SFTConfig, inputs: SFTInputs, context: StageContext) -> StageResult:
+    """Train the `sft` adapter on the assistant's tokens of the demonstrations, the end of each turn included.
+
+    Raises:
+        DataError: too many rows do not fit the length, or none does.
+        ArtifactError: the brought adapter does not fit the base.
+    """
+    model, tracker = context.model, context.tracker
+    codec = model.base.codec(context.system_prompt)
+    train, train_rejects = encode_demonstrations(codec, inputs.train, max_length=config.max_length)
+    held_out, held_out_rejects = encode_demonstrations(codec, inputs.held_out, max_length=config.max_length)
+    account = context.set_aside("train", len(inputs.train), train_rejects)
+    account += context.set_aside("held_out", len(inputs.held_out), held_out_rejects)
+
+    if inputs.adapter is None:
+        model.add(SFT, seed=context.seed)
+    else:
+        model.load(SFT, inputs.adapter.path)
+    nll_before = held_out_nll(model, held_out, batch_size=config.micro_batch_size, pad_id=codec.pad_id)
+    tracker.progress(0, 1, "training")
+    with (
+        lent(model.peft),
+        model.role(SFT, train=True),
+        tempfile.TemporaryDirectory() as temporary,
+    ):
+        trainer = SFTTrainer(
+            model=model.peft,
+            args=TRLConfig(
+                **trainer_arguments(config, context, Path(temporary)),  # type: ignore[arg-type]
+                dataset_kwargs={"skip_prepare_dataset": True},  # the rows are token ids and labels already
+            ),
+            train_dataset=Dataset.from_list([_labelled(row) for row in train]),
+            processing_class=model.base.tokenizer,
+            callbacks=[ReportToTracker(tracker, "sft")],
+        )
+        if len(trainer.train_dataset) != len(train):  # type: ignore[arg-type]
+            raise InvariantError(f"SFTTrainer kept {len(trainer.train_dataset)} of {len(train)} rows")  # type: ignore[arg-type]
+        trainer.remove_callback(PrinterCallback)
+        model.verify_trainable()
+        steps = trainer.train().global_step
+    nll_after = held_out_nll(model, held_out, batch_size=config.micro_batch_size, pad_id=codec.pad_id)
+
+    artifact = write_directory(
+        context.folder / "adapter",
+        lambda path: model.save(SFT, path),
+        kind="adapter",
+        stage="sft",
+        step=steps,
+        base_identity=model.base_identity,
+    )
+    metrics = {"nll_before": nll_before, "nll_after": nll_after, "steps": steps, "held_out_rows": len(held_out)}
+    return StageResult("sft", (artifact,), metrics, account)
+
+
+def _labelled(row: TokenizedDemonstration) -> dict[str, list[int]]:
+    """TRL's tokenized row: −100 where nothing is learnt."""
+    labels = [token if learnt else -100 for token, learnt in zip(row.ids, row.is_response, strict=True)]
+    return {"input_ids": list(row.ids), "labels": labels}
+
+
+@torch.no_grad()
+def held_out_nll(model: AdaptedModel, rows: list[TokenizedDemonstration], *, batch_size: int, pad_id: int) -> float:
+    """Mean NLL in nats over all learnt tokens of the rows, with the `sft` adapter, dropout off."""
+    logprobs = []
+    with model.role(SFT):
+        for group in length_sorted_batches([len(row.ids) for row in rows], batch_size):
+            ids_BS, is_token_BS = right_pad([rows[i].ids for i in group], pad_id, model.device)
+            is_learnt_BS, _ = right_pad([rows[i].is_response for i in group], 0, model.device)
+            at_B, at_S = is_learnt_BS.nonzero(as_tuple=True)
+            hidden_NH = model.hidden(ids_BS, is_token_BS)[at_B, at_S - 1]
+            logprobs.append(token_logprobs(model, hidden_NH, ids_BS[at_B, at_S], 1.0, with_entropy=False)[0])
+    return negative_log_likelihood(torch.cat(logprobs)).item()

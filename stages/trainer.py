@@ -1,0 +1,65 @@
+"""What SFT and reward training tell TRL's trainers, in one place: which settings, and where their logs go."""
+
+from pathlib import Path
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from align.config import SupervisedConfig
+from align.context import StageContext
+from align.tracking import Tracker
+
+# What trainers log that is not reproducible (clocks), or says nothing: it stays out of metrics.jsonl.
+_NOT_METRICS = {"epoch", "total_flos", "train_loss", "train_runtime"}
+
+
+class ReportToTracker(TrainerCallback):
+    """Sends a trainer's logs to metrics.jsonl and its steps to the progress bar."""
+
+    def __init__(self, tracker: Tracker, prefix: str) -> None:
+        self._tracker = tracker
+        self._prefix = prefix
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._tracker.progress(state.global_step, state.max_steps, "training")
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: object,
+    ) -> None:
+        values = {key: float(value) for key, value in (logs or {}).items() if key not in _NOT_METRICS}
+        values = {f"{self._prefix}/{key}": v for key, v in values.items() if "per_second" not in key}
+        if len(values) > 1:  # the closing line of a training holds only clocks
+            self._tracker.log(state.global_step, values)
+
+
+def trainer_arguments(config: SupervisedConfig, context: StageContext, folder: Path) -> dict[str, object]:
+    """Keyword arguments for SFTConfig and RewardConfig. Each default of TRL that we depart from is named here."""
+    schedule = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}[config.schedule]
+    return {
+        "output_dir": str(folder),
+        "save_strategy": "no",  # ours are the only durable files
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "num_train_epochs": config.epochs,
+        "per_device_train_batch_size": config.micro_batch_size,
+        "gradient_accumulation_steps": config.batch_size // config.micro_batch_size,
+        "learning_rate": config.learning_rate,
+        "lr_scheduler_type": schedule,
+        "warmup_steps": config.warmup_fraction,  # below 1 it is a share of all steps
+        "weight_decay": config.weight_decay,
+        "max_grad_norm": config.max_gradient_norm,
+        "max_length": None,  # rows are cut by us: TRL drops or cuts without counting
+        "bf16": False,  # no autocast: the base has its dtype, adapters and heads are float32
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "seed": context.seed,
+        "data_seed": context.seed,
+        "use_cpu": context.model.device.type == "cpu",
+        "dataloader_pin_memory": False,
+    }
