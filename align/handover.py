@@ -1,0 +1,215 @@
+"""How one step's results reach the next: by value, through `<run>/<step>/result.json`, verified before use."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from align.artifacts import MANIFEST, Artifact, read_artifact, read_json, sha256_of_file, sha256_of_json, write_json
+from align.config import Config, RolloutConfig
+from align.context import EvaluationInputs, PPOInputs, RewardInputs, Sampling, SFTInputs
+from align.errors import ArtifactError, UsageError
+from align.intake import StageData
+from data.records import Comparison, Demonstration, Prompt
+
+REJECTS = "rejects.jsonl"
+# Which step makes an input, and as what kind of artifact.
+_MADE_BY = {
+    "sft": ("sft", "adapter"),
+    "reward_adapter": ("reward", "adapter"),
+    "reward_head": ("reward", "head"),
+    "policy": ("ppo", "adapter"),
+}
+StageInputs = SFTInputs | RewardInputs | PPOInputs | EvaluationInputs
+
+
+@dataclass(frozen=True)
+class Vitals:
+    """What a step cost, and what became of the base."""
+
+    seconds: float
+    peak_rss_bytes: int  # of the worker's process so far
+    peak_device_memory_bytes: int | None
+    base_loads: int
+    base_unchanged: bool
+
+
+@dataclass(frozen=True)
+class FinishedStep:
+    fingerprint: Mapping[str, object]
+    artifacts: tuple[Artifact, ...]
+    metrics: Mapping[str, object]
+    accounts: Mapping[str, object]  # of its data by dotted key, and under "stage" of what it set aside itself
+    vitals: Vitals
+
+    def verify(self, base_identity: str | None = None) -> None:
+        """ArtifactError if an artifact is damaged, is not the one that the step made, or is of another base."""
+        for artifact in self.artifacts:
+            found = read_artifact(artifact.path, base_identity=base_identity)
+            if found.content_hash != artifact.content_hash:
+                raise ArtifactError(
+                    f"{artifact.path} is not what its stage made (hash {found.content_hash[:12]}…, expected "
+                    f"{artifact.content_hash[:12]}…); run it again: --stage {artifact.stage} --fresh"
+                )
+
+
+def read_finished(folder: Path) -> FinishedStep | None:
+    """The result that stands in a step's folder, its paths made absolute; None if the step has not finished."""
+    path = folder / "result.json"
+    if not path.exists():
+        return None
+    content = cast(dict[str, Any], read_json(path))
+    try:
+        artifacts = [Artifact(**{**record, "path": folder.parent / record["path"]}) for record in content["artifacts"]]
+        return FinishedStep(
+            fingerprint=content["fingerprint"],
+            artifacts=tuple(artifacts),
+            metrics=content["metrics"],
+            accounts=content["accounts"],
+            vitals=Vitals(**content["vitals"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{path} is not of this version of align ({error}); run its stage with --fresh") from None
+
+
+def write_finished(folder: Path, step: FinishedStep) -> None:
+    run = folder.parent
+    artifacts = [{**asdict(a), "path": a.path.relative_to(run).as_posix()} for a in step.artifacts]
+    write_json(folder / "result.json", {**asdict(replace(step, artifacts=())), "artifacts": artifacts})
+
+
+def current_results(run: Path, steps: Sequence[str]) -> dict[str, FinishedStep]:
+    """The finished steps, less those that were made from artifacts which have since been replaced."""
+    found: dict[str, FinishedStep] = {}
+    for step in steps:
+        finished = read_finished(run / step)
+        if finished is not None and all(
+            finished.fingerprint.get(f"input.{name}") in (None, artifact.content_hash)
+            for name, (stage, kind) in _MADE_BY.items()
+            if stage in found
+            for artifact in found[stage].artifacts
+            if artifact.kind == kind
+        ):
+            found[step] = finished
+    return found
+
+
+def begin(folder: Path, fingerprint: Mapping[str, object], *, keep: bool) -> None:
+    """Make a step's folder ready and note what it is started with. Without `keep`, what stood there goes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in () if keep else sorted(folder.iterdir()):
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != REJECTS:  # written before, when the data was read
+            path.unlink()
+    write_json(folder / "started.json", fingerprint)
+
+
+def brought(path: Path, *, kind: str, key: str, base_identity: str | None) -> Artifact:
+    """A folder of the user's own. One that we wrote is verified; of any other the contents are hashed.
+
+    Raises:
+        ArtifactError: it is not what it should be, is damaged, or was made on another base (if that is given).
+    """
+    needed = "adapter_config.json" if kind == "adapter" else "*.safetensors"
+    if not any(path.glob(needed)):
+        raise ArtifactError(f"{key}: {path} holds no {needed}; give a folder in PEFT's format")
+    if (path / MANIFEST).exists():
+        return replace(read_artifact(path, base_identity=base_identity), kind=kind, stage="brought")
+    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    digest = sha256_of_json({name: sha256_of_file(path / name) for name in names})
+    return Artifact(kind=kind, stage="brought", path=path, step=0, content_hash=digest, base_identity="")
+
+
+def gather(step: str, config: Config, run: Path, *, base_identity: str, command: str) -> dict[str, Artifact | None]:
+    """The artifacts that a step is given, by name, each verified.
+
+    Raises:
+        UsageError: a stage that comes before has not run.
+        ArtifactError: one is missing, damaged, or made on another base.
+    """
+    sft_key, reward_key = config.sft.adapter, config.reward.adapter
+
+    def made(name: str) -> Artifact:
+        stage, kind = _MADE_BY[name]
+        finished = read_finished(run / stage)
+        if finished is None:
+            raise UsageError(f"{step} needs the results of {stage}; first run: {command} --stage {stage}")
+        finished.verify(base_identity)
+        return next(artifact for artifact in finished.artifacts if artifact.kind == kind)
+
+    def given(path: Path | None, key: str) -> Artifact | None:
+        return path and brought(path, kind="adapter", key=key, base_identity=base_identity)
+
+    if step == "sft":
+        return {"adapter": given(sft_key, "sft.adapter")}
+    sft = made("sft") if "sft" in config.run.stages else given(sft_key, "sft.adapter")
+    if step == "reward":
+        return {"sft": sft, "adapter": given(reward_key, "reward.adapter")}
+    found: dict[str, Artifact | None] = {"sft": sft}
+    if "reward" in config.run.stages:
+        found |= {"reward_adapter": made("reward_adapter"), "reward_head": made("reward_head")}
+    else:
+        found["reward_adapter"] = given(reward_key, "reward.adapter")
+        found["reward_head"] = reward_key and brought_head(reward_key, base_identity=base_identity)
+    return found if step == "ppo" else {**found, "policy": made("policy")}
+
+
+def brought_head(adapter: Path, *, base_identity: str | None) -> Artifact:
+    """The scalar head beside a reward adapter that the user brings."""
+    head = adapter.parent / "head"
+    if not head.is_dir():
+        raise ArtifactError(
+            f"reward.adapter: {adapter} comes without its scalar head, which is looked for in {head}; put it there, "
+            "or put reward into run.stages to train one"
+        )
+    return brought(head, kind="head", key="reward.adapter", base_identity=base_identity)
+
+
+def build_inputs(step: str, config: Config, data: StageData, artifacts: Mapping[str, Artifact | None]) -> StageInputs:
+    """The record that the step's function takes."""
+    if step == "sft":
+        train = cast(tuple[Demonstration, ...], data.train)
+        held_out = cast(tuple[Demonstration, ...], data.held_out)
+        return SFTInputs(train=train, held_out=held_out, adapter=artifacts["adapter"])
+    sampling = sampling_of(config.ppo.rollout)
+    if step == "reward":
+        return RewardInputs(
+            sft=artifacts["sft"],
+            train=cast(tuple[Comparison, ...], data.train),
+            held_out=cast(tuple[Comparison, ...], data.held_out),
+            sampling=sampling,
+            adapter=artifacts["adapter"],
+        )
+    reward_adapter, reward_head = _required(artifacts, "reward_adapter"), _required(artifacts, "reward_head")
+    if step == "ppo":
+        prompts = cast(tuple[Prompt, ...], data.train)
+        return PPOInputs(artifacts["sft"], reward_adapter, reward_head, prompts)
+    return EvaluationInputs(
+        sft=artifacts["sft"],
+        policy=_required(artifacts, "policy"),
+        reward_adapter=reward_adapter,
+        reward_head=reward_head,
+        prompts=cast(tuple[Prompt, ...], data.held_out),
+        sampling=sampling,
+    )
+
+
+def _required(artifacts: Mapping[str, Artifact | None], name: str) -> Artifact:
+    artifact = artifacts[name]
+    if artifact is None:
+        raise ArtifactError(f"no {name}: put reward into run.stages, or give reward.adapter")
+    return artifact
+
+
+def sampling_of(rollout: RolloutConfig) -> Sampling:
+    return Sampling(
+        temperature=rollout.temperature,
+        max_response_length=rollout.max_response_length,
+        max_prompt_length=rollout.max_prompt_length,
+        batch_size=rollout.batch_size,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+        min_response_length=rollout.min_response_length,
+    )

@@ -1,0 +1,81 @@
+"""The data of a run, read and split in the driver before Ray starts, with an account of every row."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from align.config import Config, SourceConfig, StageName
+from align.errors import ConfigError
+from data.records import Account, Comparison, Demonstration, Prompt
+from data.rejects import check_rate, describe, write_rejects
+from data.sources import Reading, read_records
+from data.splits import shared_prompts, split_by_prompt
+
+StageRecord = Demonstration | Comparison | Prompt
+KINDS: Mapping[StageName, Literal["demonstration", "comparison", "prompt"]] = {
+    "sft": "demonstration",
+    "reward": "comparison",
+    "ppo": "prompt",
+}
+
+
+@dataclass(frozen=True)
+class StageData:
+    """`parts` goes into fingerprints: the content hashes by dotted key, or what else decides the split."""
+
+    train: tuple[StageRecord, ...]
+    held_out: tuple[StageRecord, ...]
+    accounts: Mapping[str, Account]
+    parts: Mapping[str, object]
+
+
+def read_stage_data(config: Config, stage: StageName, run: Path, note: Callable[[str], None]) -> StageData:
+    """Both sides of a stage's data. Rejected rows go to `<run>/<stage>/rejects.jsonl`.
+
+    Raises:
+        DataError: a source cannot be read, or too many of its rows do not fit.
+    """
+    section = getattr(config.data, stage)
+    key = f"data.{stage}"
+    if section is None:
+        raise ConfigError(f"{key}: is missing; {stage} needs it")
+    sources: dict[str, SourceConfig] = {f"{key}.train": section.train}
+    if section.held_out is not None:
+        sources[f"{key}.held_out"] = section.held_out
+    readings: dict[str, Reading[StageRecord]] = {
+        name: read_records(source, KINDS[stage]) for name, source in sources.items()
+    }
+    rejects_path = run / stage / "rejects.jsonl"
+    write_rejects(rejects_path, [reject for reading in readings.values() for reject in reading.rejects])
+    for name, reading in readings.items():
+        note(f"{name}: {describe(reading.account)}")
+        check_rate(
+            reading.account,
+            reading.rejects,
+            max_rate=config.data.max_reject_rate,
+            what=name,
+            rejects_path=rejects_path,
+        )
+    parts: dict[str, object] = {name: reading.content_hash for name, reading in readings.items()}
+    train, held_out = readings[f"{key}.train"].records, ()
+    if section.held_out is None:
+        fraction = section.held_out_fraction
+        train, held_out = split_by_prompt(train, held_out_fraction=fraction, seed=config.run.seed)
+        parts[f"{key}.held_out_fraction"] = fraction
+    else:
+        held_out = readings[f"{key}.held_out"].records
+        shared = shared_prompts(train, held_out)
+        if shared:
+            note(
+                f"warning: {shared} held-out prompts of {key} also occur in its train data: measured on them, a gain "
+                "is not one"
+            )
+    return StageData(train, held_out, {name: reading.account for name, reading in readings.items()}, parts)
+
+
+def parts_of_step(step: str, data: StageData) -> dict[str, object]:
+    """What of the data a step depends on: PPO trains on one side, its evaluation looks at the other."""
+    has_own_held_out = "data.ppo.held_out" in data.parts
+    unused = {"ppo": "data.ppo.held_out", "evaluation": "data.ppo.train"}.get(step)
+    return {key: value for key, value in data.parts.items() if not (has_own_held_out and key == unused)}

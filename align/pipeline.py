@@ -1,0 +1,182 @@
+"""Which steps run, which are skipped, which continue, and why: decided from the run folder, without Ray or torch.
+
+A step's fingerprint is kept as named parts (`sft.learning_rate`, `data.sft.train`, `input.sft`, ...), so that the
+reason to run again can be said.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel
+
+from align.artifacts import Artifact, read_artifact, read_json
+from align.config import Config, StageName
+from align.errors import ArtifactError, UsageError
+from align.handover import FinishedStep, read_finished
+
+StepName = Literal["sft", "reward", "ppo", "evaluation"]
+Fingerprint = Mapping[str, object]
+
+# What changes how a step runs or what it keeps, not what comes out.
+_WITHOUT_EFFECT = frozenset({"ppo.checkpoint_every", "ppo.keep_checkpoints"})
+# These name files; their contents stand in the fingerprint instead, as input.* hashes.
+_BY_CONTENT = frozenset({"sft.adapter", "reward.adapter"})
+
+
+@dataclass(frozen=True)
+class Decision:
+    kind: Literal["run", "skip", "resume"]
+    reason: str
+    finished: FinishedStep | None = None  # of a skipped step
+
+
+def steps_to_do(config: Config, stage: str | None) -> tuple[StepName, ...]:
+    """The steps of one command. Evaluation belongs to ppo: it always follows it."""
+    if stage is not None and stage not in config.run.stages:
+        known = ", ".join(config.run.stages)
+        raise UsageError(f"--stage {stage}: run.stages of this config has only {known}; add {stage} there")
+    stages: Sequence[StageName] = [name for name in config.run.stages if stage in (None, name)]
+    return (*stages, *(("evaluation",) if "ppo" in stages else ()))
+
+
+def fingerprint(
+    step: StepName, config: Config, *, base_identity: str, data: Mapping[str, object], inputs: Mapping[str, str | None]
+) -> Fingerprint:
+    """Everything that the step's outcome depends on, by name.
+
+    Args:
+        data: content hashes and split of the step's data, by dotted key.
+        inputs: content hash of each artifact that the step is given; None where it gets none.
+    """
+    section: Mapping[StepName, BaseModel] = {
+        "sft": config.sft,
+        "reward": config.reward,
+        "ppo": config.ppo,
+        "evaluation": config.evaluation,
+    }
+    parts: dict[str, object] = {
+        **_flat(section[step], step),
+        **_flat(config.adapters, "adapters"),
+        **data,
+        **{f"input.{name}": value for name, value in inputs.items()},
+        "base.identity": base_identity,
+        "base.dtype": config.base.dtype,
+        "base.device": config.base.device,
+        "base.trust_remote_code": config.base.trust_remote_code,
+        "data.system_prompt": config.data.system_prompt,
+        "run.seed": config.run.seed,
+    }
+    if step in ("reward", "evaluation"):  # both sample as PPO does
+        parts |= _flat(config.ppo.rollout, "ppo.rollout")
+    kept = {key: value for key, value in parts.items() if key not in _WITHOUT_EFFECT | _BY_CONTENT}
+    return json.loads(json.dumps(kept))  # as it will be read back: tuples are lists
+
+
+def _flat(section: BaseModel, prefix: str) -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for name, value in section:
+        if isinstance(value, BaseModel):
+            flat |= _flat(value, f"{prefix}.{name}")
+        else:
+            flat[f"{prefix}.{name}"] = str(value) if isinstance(value, Path) else value
+    return flat
+
+
+def changes(old: Fingerprint, new: Fingerprint) -> str:
+    """What differs, for people: "config sft.learning_rate changed (0.0002 → 0.001)"; empty if nothing does."""
+    keys = [key for key in (*new, *(key for key in old if key not in new)) if old.get(key) != new.get(key)]
+    said = [_change(key, old.get(key), new.get(key)) for key in keys[:4]]
+    return "; ".join([*said, *([f"and {len(keys) - 4} more"] if len(keys) > 4 else [])])
+
+
+def _change(key: str, old: object, new: object) -> str:
+    if key.startswith("input."):
+        return f"its input {key.removeprefix('input.')} changed"
+    if key == "base.identity":
+        return f"base model changed ({str(old)[:12]}… → {str(new)[:12]}…)"
+    if key.startswith("data.") and key.endswith(("train", "held_out")):
+        return f"the rows of {key} changed"
+    if key == "data.system_prompt":
+        return "config data.system_prompt changed"
+    return f"config {key} changed ({old} → {new})"
+
+
+def decide(step: StepName, folder: Path, parts: Fingerprint, *, resume: bool, fresh: bool, command: str) -> Decision:
+    """What to do about one step, whose folder is `folder`.
+
+    Raises:
+        UsageError: --resume, and the step's inputs are not what they were; or an unfinished PPO that neither
+            --resume nor --fresh speaks of.
+        ArtifactError: the step is finished and its artifacts are damaged.
+    """
+    if fresh:
+        return Decision("run", "asked for with --fresh")
+    finished = read_finished(folder)
+    if finished is not None:
+        changed = changes(finished.fingerprint, parts)
+        if not changed:
+            finished.verify()
+            return Decision("skip", "inputs unchanged", finished=finished)
+        if resume:
+            raise UsageError(_refusal(step, changed, command))
+        return Decision("run", f"run again: {changed}")
+    checkpoint = newest_checkpoint(folder)
+    if checkpoint is None:
+        return Decision("run", "started before and did not finish" if _started(folder) else "not run yet")
+    refuse_unfinished(folder, resume=resume, fresh=fresh, command=command)
+    changed = changes(_started(folder) or {}, parts)
+    if changed:
+        raise UsageError(_refusal(step, changed, command))
+    return Decision("resume", f"continues after update {checkpoint.step}")
+
+
+def _refusal(step: StepName, changed: str, command: str) -> str:
+    stage = "ppo" if step == "evaluation" else step
+    return (
+        f"--resume refused, {step}: {changed}. Put that back to continue, or start this stage anew: "
+        f"{command} --stage {stage} --fresh"
+    )
+
+
+def refuse_unfinished(folder: Path, *, resume: bool, fresh: bool, command: str) -> None:
+    """UsageError if the PPO in `folder` stopped half-way and the call does not say what to do with its checkpoints.
+
+    The driver asks this before the first step runs, so that nobody waits for SFT to hear it.
+    """
+    if resume or fresh or (folder / "result.json").exists() or not _checkpoint_folders(folder):
+        return
+    raise UsageError(
+        f"{folder} holds an unfinished PPO ({_checkpoint_folders(folder)[-1].name}). Continue it: {command} --resume; "
+        f"or discard its checkpoints and start it anew: {command} --stage ppo --fresh"
+    )
+
+
+def newest_checkpoint(folder: Path) -> Artifact | None:
+    """The newest whole checkpoint of a step: the one that the stage will continue from. ArtifactError if none is."""
+    folders = _checkpoint_folders(folder)
+    damage: list[str] = []
+    for path in reversed(folders):
+        try:
+            return read_artifact(path)
+        except ArtifactError as error:
+            damage.append(str(error))
+    if damage:
+        raise ArtifactError(f"no checkpoint can be continued from ({damage[0]}); start the stage anew with --fresh")
+    return None
+
+
+def _checkpoint_folders(folder: Path) -> list[Path]:
+    return sorted(path for path in (folder / "checkpoints").glob("update-*") if path.is_dir())
+
+
+def _started(folder: Path) -> Fingerprint | None:
+    path = folder / "started.json"
+    if not path.exists():
+        return None
+    parts = read_json(path)
+    if not isinstance(parts, dict):
+        raise ArtifactError(f"{path} is damaged: not an object; start the stage anew with --fresh")
+    return parts
