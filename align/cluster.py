@@ -1,0 +1,201 @@
+"""Ray: connect, place the one worker, run calls on it, and say in plain words what went wrong."""
+
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from align.config import BaseModelConfig, ClusterConfig, Config
+from align.errors import AlignError, PlacementError, WorkerError
+from align.worker import Outcome, StageCall, Worker
+
+_OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray of our own: only the records pass through it
+_POLL_SECONDS = 0.3
+_IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entrypoint of a submitted job
+
+
+@dataclass(frozen=True)
+class Node:
+    """Resources of one machine of the cluster."""
+
+    cpus: int
+    gpus: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    cpus: int
+    gpus: int
+
+
+def is_in_ray_job() -> bool:
+    return _IN_JOB in os.environ
+
+
+def resources_to_ask(cluster: ClusterConfig, base: BaseModelConfig, nodes: Sequence[Node]) -> Asked:
+    """All CPUs of the largest fitting node, and one GPU where there is one, unless the config says otherwise."""
+    gpus = cluster.gpus
+    if gpus is None:
+        has_gpu = any(node.gpus for node in nodes)
+        gpus = 1 if base.device == "cuda" or (base.device == "auto" and has_gpu) else 0
+    fitting = [node.cpus for node in nodes if node.gpus >= gpus]
+    cpus = cluster.cpus or max(fitting or [node.cpus for node in nodes], default=1)
+    return Asked(max(cpus, 1), gpus)
+
+
+def explain_shortage(asked: Asked, nodes: Sequence[Node], free: Mapping[str, float], *, seconds: float) -> str:
+    """Asked for, there is, what to change."""
+    free_cpus, free_gpus = int(free.get("CPU", 0)), int(free.get("GPU", 0))
+    there = ", ".join(f"a node with {node.cpus} CPUs and {node.gpus} GPUs" for node in nodes) or "no node"
+    message = (
+        f"Ray could not place the worker within {seconds:g} s. Asked for: {asked.cpus} CPUs and {asked.gpus} GPUs on "
+        f"one node. There is: {there}; free now: {free_cpus} CPUs and {free_gpus} GPUs. "
+    )
+    if asked.gpus > max((node.gpus for node in nodes), default=0):
+        return message + "Change: cluster.gpus=0 base.device=cpu, or a cluster with a GPU."
+    if asked.cpus > max((node.cpus for node in nodes if node.gpus >= asked.gpus), default=0):
+        most = max((node.cpus for node in nodes if node.gpus >= asked.gpus), default=1)
+        return message + f"Change: cluster.cpus={max(most, 1)} or less, or a larger node."
+    if free_cpus >= 1 and free_gpus >= asked.gpus:
+        return message + f"Others hold the rest. Change: cluster.cpus={free_cpus}, or wait for them."
+    return message + "Others hold it: wait for them, or raise cluster.placement_timeout_seconds."
+
+
+class Cluster:
+    """Owns the connection to Ray and the worker; both start with the first call and end with the context.
+
+    Args:
+        poll: called a few times a second while the worker is busy.
+        command: the user's own, to be named in what to do after a failure.
+    """
+
+    def __init__(self, config: Config, *, run: Path, import_root: Path, poll: Callable[[], None], command: str) -> None:
+        self._config = config
+        self._run = run
+        self._import_root = import_root
+        self._poll = poll
+        self._command = command
+        self._is_ours = False
+        self._group: Any = None
+        self._worker: Any = None
+
+    def __enter__(self) -> "Cluster":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._worker is None and self._group is None and not self._is_ours:
+            return
+        import ray
+        from ray.util import remove_placement_group
+
+        if ray.is_initialized():
+            if self._worker is not None:
+                ray.kill(self._worker)
+            if self._group is not None:
+                remove_placement_group(self._group)
+        if self._is_ours:
+            ray.shutdown()
+
+    def run(self, call: StageCall) -> Outcome:
+        """Run one stage on the worker, which is started by the first call.
+
+        Raises:
+            AlignError: the stage's own, as it was raised there.
+            WorkerError: the worker died, or raised something else.
+        """
+        if self._worker is None:
+            self._connect()
+            self._worker = self._place()
+            self._wait(self._worker.load.remote(), doing="loading the base model")
+        return self._wait(self._worker.run.remote(call), doing=call.step)
+
+    def _connect(self) -> None:
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        import ray
+
+        if ray.is_initialized():
+            return  # by whoever called us: theirs to choose, and to shut down
+        address = self._config.cluster.address
+        if address == "local" and is_in_ray_job():
+            address = "auto"
+        is_own = address == "local"
+        try:
+            ray.init(
+                address=address,
+                namespace="align",
+                object_store_memory=_OBJECT_STORE_BYTES if is_own else None,  # a running cluster has its own already
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            raise PlacementError(
+                f"cluster.address: {address!r}: no connection to Ray: {str(error).strip().splitlines()[0]} "
+                "Start it (ray start --head), or use cluster.address=local for a Ray of this run's own."
+            ) from None
+        self._is_ours = True
+
+    def _place(self) -> Any:
+        import ray
+        from ray.util import placement_group
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        nodes = [_as_node(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+        cluster = self._config.cluster
+        asked = resources_to_ask(cluster, self._config.base, nodes)
+        bundle = {"CPU": float(asked.cpus), **({"GPU": float(asked.gpus)} if asked.gpus else {})}
+        self._group = placement_group([bundle])
+        if not self._group.wait(cluster.placement_timeout_seconds):
+            free = ray.available_resources()
+            raise PlacementError(explain_shortage(asked, nodes, free, seconds=cluster.placement_timeout_seconds))
+        strategy = PlacementGroupSchedulingStrategy(placement_group=self._group)
+        actor = ray.remote(Worker).options(
+            num_cpus=asked.cpus, num_gpus=asked.gpus, scheduling_strategy=strategy, max_restarts=0
+        )
+        return actor.remote(self._import_root, self._run, self._config.base, self._config.adapters, asked.cpus)
+
+    def _wait(self, reference: Any, *, doing: str) -> Any:
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        while not ray.wait([reference], timeout=_POLL_SECONDS)[0]:
+            self._poll()
+        self._poll()
+        try:
+            return ray.get(reference)
+        except RayTaskError as error:
+            saved = self._save(error)
+            cause = error.cause
+            if isinstance(cause, AlignError):
+                raise cause from None
+            raise WorkerError(
+                f"{doing} failed in the worker: {type(cause).__name__}: {cause} (traceback: {saved}). Once it is "
+                f"mended, continue with: {self._command} --resume"
+            ) from None
+        except RayError as error:
+            saved = self._save(error)
+            raise WorkerError(
+                f"the worker died ({doing}): {_condense(error)} (all that Ray says: {saved}). Continue with: "
+                f"{self._command} --resume"
+            ) from None
+
+    def _save(self, error: Exception) -> Path:
+        path = self._run / "error.txt"
+        path.write_text(re.sub(r"\x1b\[[0-9;]*m", "", str(error)) + "\n", encoding="utf-8")
+        return path
+
+
+def _as_node(resources: Mapping[str, float]) -> Node:
+    return Node(cpus=int(resources.get("CPU", 0)), gpus=int(resources.get("GPU", 0)))
+
+
+def _condense(error: Exception) -> str:
+    """Ray's cause without its table of ids."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("\t")]
+    return " ".join(lines)

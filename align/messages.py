@@ -1,0 +1,65 @@
+"""What the worker has to say to the user: a file that the worker appends to and the driver reads while it waits.
+
+Only messages of our own packages pass; those of libraries stay in Ray's logs.
+"""
+
+import logging
+import warnings
+from pathlib import Path
+from typing import TextIO
+
+_FILE = "messages.log"
+_PACKAGES = ("align", "stages", "data")
+
+
+class MessageReader:
+    """Owns the driver's place in the file; what was there before is not repeated."""
+
+    def __init__(self, run: Path) -> None:
+        self._path = run / _FILE
+        self._offset = self._path.stat().st_size if self._path.exists() else 0
+
+    def read_new(self) -> list[str]:
+        """The whole lines that came since the last call."""
+        if not self._path.exists():
+            return []
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return whole.decode(errors="replace").splitlines()
+
+
+def write_messages(run: Path, import_root: Path) -> None:
+    """Send this process's own log records and warnings to the run's messages.log from now on."""
+    run.mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(run / _FILE, encoding="utf-8")
+    handler.setFormatter(_OneLine())
+    for package in _PACKAGES:
+        logger = logging.getLogger(package)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+    folders = tuple(f"{import_root / package}/" for package in _PACKAGES)
+    show_elsewhere = warnings.showwarning
+
+    def show(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
+        if filename.startswith(folders):
+            logging.getLogger("align").warning(str(message))
+        else:
+            show_elsewhere(message, category, filename, lineno, file, line)
+
+    warnings.showwarning = show
+
+
+class _OneLine(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = " ".join(record.getMessage().split())
+        return f"{record.levelname.lower()}: {text}" if record.levelno >= logging.WARNING else text

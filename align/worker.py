@@ -1,0 +1,138 @@
+"""The worker: a Ray actor, one per device, that holds the one base model through all stages.
+
+Nothing of `data`, torch or transformers is imported before `load` has put our own packages first on the path.
+"""
+
+import os
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from align.config import AdaptersConfig, BaseModelConfig
+from align.errors import InvariantError
+from align.installation import verify_worker
+from align.messages import write_messages
+
+if TYPE_CHECKING:
+    from align.adapters import AdaptedModel
+    from align.context import StageContext, StageResult
+    from align.handover import Vitals
+
+# A stage: (its section of the config, its inputs, the context) -> StageResult
+StageFunction = Callable[[Any, Any, "StageContext"], "StageResult"]
+
+
+@dataclass(frozen=True)
+class StageCall:
+    """One execution of a stage, as it travels to the worker."""
+
+    step: str
+    function: StageFunction
+    config: object
+    inputs: object
+    folder: Path
+    run_seed: int
+    system_prompt: str | None
+    max_reject_rate: float
+    resume: bool
+    tensorboard: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    result: "StageResult"
+    vitals: "Vitals"
+
+
+class Worker:
+    """Args: import_root, the folder that holds the driver's `align`; run, the run's folder; cpus, for torch."""
+
+    def __init__(
+        self, import_root: Path, run: Path, base: BaseModelConfig, adapters: AdaptersConfig, cpus: int
+    ) -> None:
+        self._import_root = import_root
+        self._run = run
+        self._base_config = base
+        self._adapters_config = adapters
+        self._cpus = cpus
+        self._model: AdaptedModel | None = None
+        self._checksum = ""
+
+    def load(self) -> str:
+        """Load the base, once. Returns its identity. Not part of __init__, whose errors Ray hides in a string."""
+        verify_worker(self._import_root)
+        write_messages(self._run, self._import_root)
+        _quiet_libraries()
+        import torch
+
+        from align.adapters import AdaptedModel
+        from align.base import load_base
+
+        torch.set_num_threads(self._cpus)
+        self._model = AdaptedModel(load_base(self._base_config), self._adapters_config)
+        self._checksum = self._model.base_checksum()
+        return self._model.base_identity
+
+    def run(self, call: StageCall) -> Outcome:
+        """Execute one stage on the resident base, which must be the same afterwards."""
+        from align.context import StageContext
+        from align.randomness import stage_seed
+        from align.tracking import Tracker
+
+        model = self._model
+        if model is None:
+            raise InvariantError("Worker.run before Worker.load")
+        started = time.perf_counter()
+        model.reset()
+        tracker = Tracker(call.folder, stage=call.step, resume=call.resume, tensorboard=call.tensorboard)
+        context = StageContext(
+            model=model,
+            tracker=tracker,
+            folder=call.folder,
+            seed=stage_seed(call.run_seed, call.step),
+            system_prompt=call.system_prompt,
+            max_reject_rate=call.max_reject_rate,
+            resume=call.resume,
+        )
+        try:
+            result = call.function(call.config, call.inputs, context)
+        finally:
+            tracker.close()
+        checksum = model.base_checksum()
+        if checksum != self._checksum:
+            raise InvariantError(
+                f"{call.step} changed the base model: its checksum was {self._checksum}, now it is {checksum}. "
+                "Nothing of this stage is kept; please report it with the config."
+            )
+        return Outcome(result, _vitals(time.perf_counter() - started))
+
+
+def _vitals(seconds: float) -> "Vitals":
+    import torch
+
+    from align.base import load_count
+    from align.handover import Vitals
+
+    device_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return Vitals(
+        seconds=seconds,
+        peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
+        peak_device_memory_bytes=device_bytes,
+        base_loads=load_count(),
+        base_unchanged=True,  # or `run` has raised
+    )
+
+
+def _quiet_libraries() -> None:
+    """Their bars and notices would only land in a log file of Ray's; ours go to messages.log."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    datasets.disable_progress_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
