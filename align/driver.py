@@ -1,0 +1,210 @@
+"""The driver: reads the data, decides step by step what is to be done, and has the worker do it."""
+
+import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from align.artifacts import Artifact, read_json, write_json
+from align.base import resolve_base
+from align.cluster import Cluster, is_in_ray_job
+from align.config import Config
+from align.errors import AlignError, StoppedError, UsageError
+from align.handover import FinishedStep, begin, build_inputs, current_results, gather, write_finished
+from align.installation import verify_driver
+from align.intake import StageData, parts_of_step, read_stage_data
+from align.messages import MessageReader
+from align.pipeline import Fingerprint, StepName, decide, fingerprint, refuse_unfinished, steps_to_do
+from align.settings import dump
+from align.status import Status, occupied, read_status, write_end
+from align.summary import summarize, write_lineage
+from align.worker import Outcome, StageCall, StageFunction
+from data.rejects import describe
+
+STEPS: tuple[StepName, ...] = ("sft", "reward", "ppo", "evaluation")
+
+
+class Display(Protocol):
+    """Where the driver says what happens."""
+
+    def note(self, text: str) -> None: ...
+
+    def step(self, name: str, text: str) -> None: ...
+
+    def progress(self, status: Status) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What one step would run on."""
+
+    artifacts: Mapping[str, Artifact | None]
+    data: StageData
+    fingerprint: Fingerprint
+
+
+def run_pipeline(
+    config: Config,
+    *,
+    stages: Mapping[str, StageFunction],
+    display: Display,
+    command: str,
+    stage: str | None = None,
+    resume: bool = False,
+    fresh: bool = False,
+) -> dict[str, object]:
+    """Run what has to run, and return the summary. `stages` maps each step (also "evaluation") to its function.
+
+    Raises:
+        AlignError: one message; its exit_code tells a wrong call from a failed run.
+    """
+    steps = steps_to_do(config, stage)
+    run = run_folder(config)
+    import_root = verify_driver()
+    with occupied(run), _said_if_stopped(run, display, command):
+        (run / "config.yaml").write_text(dump(config), encoding="utf-8")
+        if "ppo" in steps:
+            refuse_unfinished(run / "ppo", resume=resume, fresh=fresh, command=command)
+        base_identity = resolve_base(config.base).identity
+        data = {name: read_stage_data(config, name, run, display.note) for name in config.run.stages if name in steps}
+        journal = Journal(config, run, base_identity)
+        watch = Watch(run, display)
+        with Cluster(config, run=run, import_root=import_root, poll=watch.poll, command=command) as cluster:
+            for step in steps:
+                stage_data = data["ppo" if step == "evaluation" else step]
+                prepared = prepare(step, config, stage_data, run=run, base_identity=base_identity, command=command)
+                decision = decide(step, run / step, prepared.fingerprint, resume=resume, fresh=fresh, command=command)
+                display.step(step, f"{decision.kind} ({decision.reason})")
+                if decision.finished is None:
+                    is_resumed = decision.kind == "resume"
+                    begin(run / step, prepared.fingerprint, keep=is_resumed)
+                    watch.start()
+                    outcome = cluster.run(stage_call(step, stages[step], config, prepared, run, is_resumed))
+                    write_finished(run / step, finish(step, outcome, prepared, display))
+                journal.record(has_run=decision.kind == "run")
+        display.close()
+        return journal.summary
+
+
+def run_folder(config: Config) -> Path:
+    """The run's folder, absolute. UsageError if it would vanish with a Ray job's package."""
+    if is_in_ray_job() and not config.run.root.is_absolute():
+        raise UsageError(
+            f"run.root is {str(config.run.root)!r}, relative to the folder of this Ray job's package, which Ray "
+            "deletes after the job: everything would be lost. Give a place that stays: run.root=/absolute/path"
+        )
+    return config.run.folder.absolute()
+
+
+def prepare(
+    step: StepName, config: Config, data: StageData, *, run: Path, base_identity: str, command: str
+) -> Prepared:
+    artifacts = gather(step, config, run, base_identity=base_identity, command=command)
+    hashes = {name: artifact and artifact.content_hash for name, artifact in artifacts.items()}
+    parts = parts_of_step(step, data)
+    return Prepared(artifacts, data, fingerprint(step, config, base_identity=base_identity, data=parts, inputs=hashes))
+
+
+def stage_call(
+    step: StepName, function: StageFunction, config: Config, prepared: Prepared, run: Path, resume: bool
+) -> StageCall:
+    return StageCall(
+        step=step,
+        function=function,
+        config=getattr(config, step),
+        inputs=build_inputs(step, config, prepared.data, prepared.artifacts),
+        folder=run / step,
+        run_seed=config.run.seed,
+        system_prompt=config.data.system_prompt,
+        max_reject_rate=config.data.max_reject_rate,
+        resume=resume,
+        tensorboard=config.tracking.tensorboard,
+    )
+
+
+def finish(step: StepName, outcome: Outcome, prepared: Prepared, display: Display) -> FinishedStep:
+    result = outcome.result
+    for note in result.notes:
+        display.note(note)
+    accounts: dict[str, object] = {key: asdict(account) for key, account in prepared.data.accounts.items()}
+    if result.account is not None:
+        display.note(f"{step}, once tokenized: {describe(result.account)}")
+        accounts["stage"] = asdict(result.account)
+    return FinishedStep(prepared.fingerprint, result.artifacts, result.metrics, accounts, outcome.vitals)
+
+
+class Journal:
+    """Owns summary.json and lineage.json, rewritten after every step."""
+
+    def __init__(self, config: Config, run: Path, base_identity: str) -> None:
+        self._config = config
+        self._run = run
+        self._base_identity = base_identity
+        self._started = time.monotonic()
+        self._earlier_seconds = _earlier_seconds(run)
+        self._num_run = 0
+        self.summary: dict[str, object] = {}
+
+    def record(self, *, has_run: bool) -> None:
+        self._num_run += has_run
+        finished = current_results(self._run, STEPS)
+        now = time.monotonic() - self._started
+        # Results of earlier commands bring the time that these took; what was run again is not counted twice.
+        is_whole = self._num_run == len(finished)
+        total = now if is_whole else self._earlier_seconds + (now if self._num_run else 0.0)
+        self.summary = summarize(
+            self._config, finished, base_identity=self._base_identity, total_seconds=round(total, 2)
+        )
+        write_json(self._run / "summary.json", self.summary)
+        write_lineage(self._run, finished)
+
+
+def _earlier_seconds(run: Path) -> float:
+    path = run / "summary.json"
+    if not path.exists():
+        return 0.0
+    return float(cast(Any, read_json(path))["seconds"]["install_excluded_total"])
+
+
+class Watch:
+    """Owns what the driver has seen of a busy worker: its messages and its last status."""
+
+    def __init__(self, run: Path, display: Display) -> None:
+        self._run = run
+        self._display = display
+        self._messages = MessageReader(run)
+        self._seen = read_status(run)
+
+    def start(self) -> None:
+        """From here on, only what the next step writes counts."""
+        self._seen = read_status(self._run)
+
+    def poll(self) -> None:
+        for line in self._messages.read_new():
+            self._display.note(line)
+        status = read_status(self._run)
+        if status is not None and status != self._seen:
+            self._seen = status
+            self._display.progress(status)
+
+
+@contextmanager
+def _said_if_stopped(run: Path, display: Display, command: str) -> Generator[None]:
+    """Leave a word in the run folder for `align status`, and turn Ctrl-C into a message that says how to go on."""
+    try:
+        yield
+    except AlignError as error:
+        write_end(run, str(error))
+        raise
+    except KeyboardInterrupt:
+        write_end(run, "stopped by the user")
+        raise StoppedError(f"stopped; finished stages and checkpoints are kept. Continue: {command} --resume") from None
+    except SystemExit:  # Ray turns SIGTERM into it
+        write_end(run, "terminated")
+        raise
+    finally:
+        display.close()

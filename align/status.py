@@ -1,0 +1,132 @@
+"""How far a run is, read from its folder: for the progress bar while it runs, and for `align status` from elsewhere."""
+
+import fcntl
+import json
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import yaml
+
+from align.artifacts import read_json, write_json
+from align.errors import ArtifactError, UsageError
+
+SILENT_AFTER_SECONDS = 60.0
+_LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Status:
+    """What Tracker.progress wrote last. Times are seconds since the epoch."""
+
+    stage: str
+    doing: str
+    done: int
+    total: int
+    started: float
+    updated: float
+    metrics: Mapping[str, float]
+
+    @property
+    def rate(self) -> float | None:
+        """Units a second, of the present activity."""
+        elapsed = self.updated - self.started
+        return self.done / elapsed if self.done > 0 and elapsed > 0 else None
+
+    def seconds_left(self, now: float) -> float | None:
+        """Of the present activity; None before its first unit is done."""
+        if self.rate is None:
+            return None
+        return max(0.0, (self.total - self.done) / self.rate - (now - self.updated))
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What `align status` says."""
+
+    state: Literal["not started", "running", "stopped", "finished"]
+    finished_steps: tuple[str, ...]
+    steps_to_go: tuple[str, ...]
+    status: Status | None
+    error: str | None
+
+
+def read_status(run: Path) -> Status | None:
+    """None before the first activity, or where another program left something else."""
+    try:
+        content = cast(dict[str, Any], json.loads((run / "status.json").read_text(encoding="utf-8")))
+        return Status(**{name: content[name] for name in Status.__dataclass_fields__})
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        return None
+
+
+def read_state(run: Path, now: float) -> RunState:
+    """Raises UsageError if there is no run in this folder."""
+    try:
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        stages = [str(stage) for stage in config["run"]["stages"]]
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(f"{run}: there is no run in this folder (no config.yaml); give RUN.ROOT/RUN.NAME") from None
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UsageError(f"{run / 'config.yaml'} cannot be read as the config of a run: {error}") from None
+    steps = [*stages, *(["evaluation"] if "ppo" in stages else [])]
+    finished = tuple(step for step in steps if (run / step / "result.json").exists())
+    status = read_status(run)
+    is_fresh = status is not None and now - status.updated < SILENT_AFTER_SECONDS
+    error = _read_end(run)
+    if _is_locked(run):
+        state = "running"
+    elif len(finished) == len(steps):
+        state = "finished"
+    elif is_fresh and error is None:  # driven from a machine whose locks we do not see
+        state = "running"
+    else:
+        state = "stopped" if status is not None or error is not None or finished else "not started"
+    return RunState(state, finished, tuple(step for step in steps if step not in finished), status, error)
+
+
+@contextmanager
+def occupied(run: Path) -> Generator[None]:
+    """Hold the run folder for one driver; the lock goes with the process, however it ends.
+
+    Raises:
+        UsageError: another driver is at work in it, or the folder cannot be made.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / _LOCK).open("a")
+    except OSError as error:
+        raise UsageError(f"cannot write into the run folder {run}: {error}; choose another run.root") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(
+                f"{run} is in use by another `align run`; wait for it, or choose another run.name"
+            ) from None
+        (run / "stopped.json").unlink(missing_ok=True)
+        yield
+
+
+def write_end(run: Path, reason: str) -> None:
+    write_json(run / "stopped.json", {"reason": reason})
+
+
+def _read_end(run: Path) -> str | None:
+    try:
+        return str(cast(dict[str, object], read_json(run / "stopped.json"))["reason"])
+    except (ArtifactError, KeyError):
+        return None
+
+
+def _is_locked(run: Path) -> bool:
+    try:
+        with (run / _LOCK).open("r") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False

@@ -1,0 +1,68 @@
+"""summary.json and lineage.json, from the finished steps of a run."""
+
+import platform
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from align.artifacts import Artifact, write_json
+from align.config import Config
+from align.handover import FinishedStep
+
+_SECTIONS = {"sft": "sft", "reward": "reward", "ppo": "ppo", "evaluation": "eval"}
+_LIBRARIES = ("torch", "transformers", "trl", "peft", "ray", "datasets", "align")
+
+
+def summarize(
+    config: Config, finished: Mapping[str, FinishedStep], *, base_identity: str, total_seconds: float
+) -> dict[str, object]:
+    """The numbers of a run, nested. Steps that have not finished have no section."""
+    vitals = [step.vitals for step in finished.values()]
+    seconds: dict[str, float] = {"install_excluded_total": total_seconds}
+    summary: dict[str, object] = {
+        "run": {"name": config.run.name, "seed": config.run.seed, "steps": list(finished)},
+        "base": {
+            "model": config.base.model,
+            "identity": base_identity,
+            "loads": max((v.base_loads for v in vitals), default=0),
+            "unchanged": all(v.base_unchanged for v in vitals),
+        },
+        "seconds": seconds,
+        "peak_rss_bytes": max((v.peak_rss_bytes for v in vitals), default=0),
+    }
+    device_bytes = [v.peak_device_memory_bytes for v in vitals if v.peak_device_memory_bytes is not None]
+    if device_bytes:
+        summary["peak_device_memory_bytes"] = max(device_bytes)
+    for name, step in finished.items():
+        summary[_SECTIONS[name]] = dict(step.metrics)
+        seconds[_SECTIONS[name]] = step.vitals.seconds
+    return summary
+
+
+def write_lineage(run: Path, finished: Mapping[str, FinishedStep]) -> None:
+    """What each result was made from and with: inputs by hash, data by hash and account, settings by name."""
+
+    def describe(artifact: Artifact) -> dict[str, object]:
+        path = artifact.path.relative_to(run).as_posix()
+        return {"kind": artifact.kind, "path": path, "step": artifact.step, "sha256": artifact.content_hash}
+
+    steps = {
+        name: {
+            "fingerprint": step.fingerprint,
+            "in": {key: value for key, value in step.fingerprint.items() if key.startswith(("input.", "data."))},
+            "out": [describe(artifact) for artifact in step.artifacts],
+            "accounts": step.accounts,
+        }
+        for name, step in finished.items()
+    }
+    write_json(run / "lineage.json", {"versions": _versions(), "steps": steps})
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
