@@ -1,0 +1,88 @@
+"""`align check`: everything that can be known to be wrong without torch, Ray or the network, in under two seconds."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from align.config import BaseModelConfig, Config, SourceConfig
+from align.errors import AlignError
+from align.handover import brought, brought_head
+from align.intake import KINDS
+from data.rejects import describe
+from data.sources import peek, resolve_path
+
+
+@dataclass(frozen=True)
+class Finding:
+    what: str
+    verdict: Literal["ok", "wrong", "not checked"]
+    detail: str
+
+
+def check_config(config: Config) -> list[Finding]:
+    """One finding for each thing that a run will need; none raises, so that all are said at once."""
+    return [_check_base(config.base), *_check_adapters(config), *_check_data(config)]
+
+
+def _found(what: str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(what, "ok", look())
+    except AlignError as error:
+        return Finding(what, "wrong", str(error))
+
+
+def _check_base(base: BaseModelConfig) -> Finding:
+    what = "base.model"
+    if base.model.startswith("tiny:"):
+        return Finding(what, "ok", f"{base.model}, random weights made on the spot")
+    if base.model == "embedded":
+        from align.embedded import find_embedded
+
+        return _found(what, lambda: f"embedded, {find_embedded()[0].name}")
+    folder = Path(base.model)
+    if not folder.is_absolute():  # settings made every folder absolute
+        return Finding(what, "not checked", f"hub id {base.model}")
+    missing = [name for name in ("config.json", "*.safetensors") if not any(folder.glob(name))]
+    if missing:
+        return Finding(what, "wrong", f"base.model: {folder} {_lacks(folder, missing)}; give a folder of transformers")
+    return Finding(what, "ok", str(folder))
+
+
+def _lacks(folder: Path, missing: list[str]) -> str:
+    return f"holds no {' and no '.join(missing)}" if folder.is_dir() else "is no folder that exists"
+
+
+def _check_adapters(config: Config) -> Iterator[Finding]:
+    for key, path in (("sft.adapter", config.sft.adapter), ("reward.adapter", config.reward.adapter)):
+        if path is not None:
+            yield _found(key, lambda path=path, key=key: _adapter(path, key))
+    own = config.reward.adapter
+    if own is not None and "reward" not in config.run.stages:
+        yield _found("reward.adapter's head", lambda: str(brought_head(own, base_identity=None).path))
+
+
+def _adapter(path: Path, key: str) -> str:
+    return str(brought(path, kind="adapter", key=key, base_identity=None).path)
+
+
+def _check_data(config: Config) -> Iterator[Finding]:
+    for stage in config.run.stages:
+        section = getattr(config.data, stage)
+        for side in ("train", "held_out"):
+            source: SourceConfig | None = getattr(section, side)
+            if source is not None:
+                yield _check_source(f"data.{stage}.{side}", source, KINDS[stage])
+
+
+def _check_source(what: str, source: SourceConfig, kind: Literal["demonstration", "comparison", "prompt"]) -> Finding:
+    if source.path is None:
+        return Finding(what, "not checked", f"hub data set {source.hub}")
+    path = source.path
+
+    def look() -> str:
+        account = peek(source, kind)
+        assert account is not None  # only for hub sources
+        return f"{resolve_path(path)}: first rows: {describe(account)}"
+
+    return _found(what, look)

@@ -1,0 +1,168 @@
+"""The command line. Each command imports what it needs when it runs, so that `align check` stays fast."""
+
+import json
+import shlex
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from align.errors import AlignError, ConfigError, StoppedError
+
+if TYPE_CHECKING:
+    from align.context import StageContext, StageResult
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="SFT, reward model and PPO on one resident base model.",
+)
+ConfigFile = Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; all else goes to stderr.")]
+
+
+@contextmanager
+def _one_message() -> Generator[None]:
+    try:
+        yield
+    except AlignError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("error: stopped", file=sys.stderr, flush=True)
+        raise typer.Exit(StoppedError.exit_code) from None
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        from align import __version__
+
+        print(f"align {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _align(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    stage: Annotated[
+        Literal["sft", "reward", "ppo"] | None, typer.Option(help="Only this stage, from the earlier ones' results.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Discard what is there of the stages to be run.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and the final table.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run the stages of a config, or what is left of them."""
+    with _one_message():
+        if resume and fresh:
+            raise ConfigError("--resume continues what --fresh discards: give one of them")
+        from align import settings
+        from align.driver import run_folder, run_pipeline
+        from align.show import make_display, print_view, summary_view
+
+        loaded = settings.load(config, overrides or [])
+        summary = run_pipeline(
+            loaded,
+            stages={"sft": _sft, "reward": _reward, "ppo": _ppo, "evaluation": _evaluation},
+            display=make_display(is_quiet=quiet, is_json=as_json),
+            command=shlex.join(["align", "run", str(config), *(overrides or [])]),
+            stage=stage,
+            resume=resume,
+            fresh=fresh,
+        )
+        if as_json:
+            print(json.dumps(summary, indent=1))
+        else:
+            print_view(summary_view(summary))
+            print(f"results: {run_folder(loaded)}")
+
+
+@app.command()
+def check(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check a config and the files that it names, without torch, Ray or the network."""
+    with _one_message():
+        from align import settings
+        from align.check import check_config
+        from align.show import check_view, print_view
+
+        loaded = settings.load(config, overrides or [])
+        findings = check_config(loaded)
+        wrong = [finding.detail for finding in findings if finding.verdict == "wrong"]
+        if as_json:
+            print(json.dumps({"ok": not wrong, "findings": [asdict(finding) for finding in findings]}, indent=1))
+        else:
+            rows = [("config", "ok", str(config)), *((f.what, f.verdict, f.detail) for f in findings)]
+            print_view(check_view(rows))
+        if wrong:
+            raise ConfigError("\n".join(wrong))
+
+
+@app.command()
+def status(
+    run_folder: Annotated[Path, typer.Argument(help="root/name of a run.", show_default=False)],
+    as_json: AsJson = False,
+) -> None:
+    """Say how far a run is."""
+    with _one_message():
+        import time
+
+        from align.show import print_view, state_view
+        from align.status import read_state
+
+        now = time.time()
+        state = read_state(run_folder, now)
+        if as_json:
+            left = state.status.seconds_left(now) if state.status and state.state == "running" else None
+            print(json.dumps({**asdict(state), "seconds_left": left}, indent=1))
+        else:
+            print_view(state_view(state))
+
+
+# The stages, imported where they run: in the worker. The driver itself never loads torch.
+
+
+def _sft(config: Any, inputs: Any, context: "StageContext") -> "StageResult":
+    from stages.sft.train import run_sft
+
+    return run_sft(config, inputs, context)
+
+
+def _reward(config: Any, inputs: Any, context: "StageContext") -> "StageResult":
+    from stages.reward.train import run_reward
+
+    return run_reward(config, inputs, context)
+
+
+def _ppo(config: Any, inputs: Any, context: "StageContext") -> "StageResult":
+    from stages.ppo.train import run_ppo
+
+    return run_ppo(config, inputs, context)
+
+
+def _evaluation(config: Any, inputs: Any, context: "StageContext") -> "StageResult":
+    from align.evaluation.run import run_evaluation
+
+    return run_evaluation(config, inputs, context)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""What a user sees: bars while a run works, one table when it is done."""
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO, cast
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from align.status import RunState, Status
+
+_PLAIN_EVERY_SECONDS = 15.0
+Section = Mapping[str, object]
+
+
+class QuietDisplay:
+    """Says nothing but warnings, on stderr."""
+
+    def note(self, text: str) -> None:
+        if text.startswith(("warning", "error")):
+            print(text, file=sys.stderr, flush=True)
+
+    def step(self, name: str, text: str) -> None: ...
+
+    def progress(self, status: Status) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class PlainDisplay:
+    """For logs and pipes: a line for each step, and one for the progress now and then."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._last_line = 0.0
+
+    def note(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+    def step(self, name: str, text: str) -> None:
+        self.note(f"{name}: {text}")
+        self._last_line = 0.0
+
+    def progress(self, status: Status) -> None:
+        now = time.monotonic()
+        if now - self._last_line >= _PLAIN_EVERY_SECONDS:
+            self._last_line = now
+            self.note(f"{status.stage}: {status.doing}, {status.done}/{status.total} {pace(status)}".rstrip())
+
+    def close(self) -> None: ...
+
+
+class BarDisplay:
+    """For terminals: a bar that is redrawn in place, with what was said above it."""
+
+    def __init__(self, console: Console) -> None:
+        columns = ("{task.fields[stage]}", "{task.fields[doing]}", BarColumn(), "{task.completed}/{task.total}")
+        last = TextColumn("{task.fields[pace]}")
+        self._bars = Progress(*(TextColumn(c) if isinstance(c, str) else c for c in columns), last, console=console)
+        self._bar: TaskID | None = None
+        self._bars.start()
+
+    def note(self, text: str) -> None:
+        self._bars.console.print(Text(text))
+
+    def step(self, name: str, text: str) -> None:
+        if self._bar is not None:
+            self._bars.remove_task(self._bar)
+            self._bar = None
+        self._bars.console.print(Text.assemble((name, "bold"), f": {text}"))
+
+    def progress(self, status: Status) -> None:
+        doing = escape(status.doing)
+        if self._bar is None:
+            self._bar = self._bars.add_task("", total=None, stage=status.stage, doing=doing, pace="")
+        self._bars.update(self._bar, total=status.total, completed=status.done, doing=doing, pace=pace(status))
+
+    def close(self) -> None:
+        self._bars.stop()
+
+
+def make_display(*, is_quiet: bool, is_json: bool) -> QuietDisplay | PlainDisplay | BarDisplay:
+    """With --json, stdout is for the summary alone."""
+    if is_quiet:
+        return QuietDisplay()
+    stream = sys.stderr if is_json else sys.stdout
+    return BarDisplay(Console(file=stream)) if stream.isatty() else PlainDisplay(stream)
+
+
+def pace(status: Status) -> str:
+    """For example "2.1/s, 0:40 left"; empty before the first unit is done."""
+    left = status.seconds_left(time.time())
+    if status.rate is None or left is None:
+        return ""
+    rate = f"{status.rate:.1f}/s" if status.rate >= 1 else f"{1 / status.rate:.1f} s each"
+    return f"{rate}, {clock(left)} left"
+
+
+def clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def summary_view(summary: Section) -> RenderableType:
+    """The final table; what has not run yet, or has no gold, is left out."""
+    parts: list[RenderableType] = []
+    sft, reward, evaluation = (_section(summary, name) for name in ("sft", "reward", "eval"))
+    if sft or reward:
+        parts.append(_stages_table(sft, reward))
+    if evaluation:
+        parts.append(_comparison_table(evaluation))
+        parts.extend(_samples(cast(Sequence[Section], evaluation.get("samples") or ())))
+    seconds = _section(summary, "seconds")
+    spent = ", ".join(f"{name} {clock(_number(seconds, name))}" for name in seconds if name != "install_excluded_total")
+    total = clock(_number(seconds, "install_excluded_total"))
+    memory = _number(summary, "peak_rss_bytes") / 2**30
+    parts.append(Text(f"time {total} ({spent or 'no stage'}), peak memory of the worker {memory:.2f} GiB", "dim"))
+    return Group(*parts)
+
+
+def _stages_table(sft: Section, reward: Section) -> Table:
+    table = Table(title="held-out data", title_justify="left")
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="left" if not column else "right")
+    if sft:
+        table.add_row("SFT: NLL per token", _cell(sft, "nll_before"), _cell(sft, "nll_after"))
+    if reward:
+        table.add_row(
+            "reward: pair accuracy (before: the longer one wins)",
+            _cell(reward, "length_baseline_accuracy", interval="length_baseline_ci95"),
+            _cell(reward, "accuracy", interval="accuracy_ci95"),
+        )
+        table.add_row("reward: margin", "", _cell(reward, "margin"))
+    return table
+
+
+def _comparison_table(evaluation: Section) -> Table:
+    table = Table(title="held-out prompts (95 % intervals)", title_justify="left")
+    for column in ("", "SFT", "PPO"):
+        table.add_column(column, justify="left" if not column else "right")
+    rows = (
+        ("reward-model score", "score_sft", "score_ppo"),
+        ("gold score", "gold_sft", "gold_ppo"),
+        ("gold gain", "", "gold_gain"),
+        ("KL to the reference, nats a response", "", "kl"),
+        ("response length, tokens", "length_sft", "length_ppo"),
+        ("EOS rate", "eos_rate_sft", "eos_rate"),
+        ("win rate against SFT", "", "win_rate"),
+        ("base NLL per token, over SFT's", "", "nll_ratio"),
+        ("distinct bigrams, over SFT's", "", "distinct2_ratio"),
+    )
+    for label, before, after in rows:
+        if after in evaluation:
+            table.add_row(label, _cell(evaluation, before), _cell(evaluation, after))
+    return table
+
+
+def _samples(samples: Sequence[Section]) -> list[RenderableType]:
+    views: list[RenderableType] = []
+    for sample in samples[:3]:
+        grid = Table.grid(padding=(0, 1))
+        grid.add_column(style="bold", no_wrap=True)
+        grid.add_column(overflow="fold")
+        for label, key in (("prompt", "prompt"), ("SFT", "sft"), ("PPO", "ppo")):
+            grid.add_row(label, _printable(str(sample.get(key, "")).strip()))
+        views += ["", grid]
+    return [*views, ""] if views else views
+
+
+def _printable(text: str) -> Text:
+    """A model may write anything, also what a terminal would obey."""
+    return Text("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))
+
+
+def _cell(section: Section, key: str, *, interval: str | None = None) -> str:
+    value = section.get(key)
+    if not isinstance(value, int | float):
+        return ""
+    limits = section.get(interval or f"{key}_ci95")
+    if not isinstance(limits, list | tuple):
+        return f"{value:.3f}"
+    low, high = cast(Sequence[float], limits)
+    # Rich would read [0.1, 0.2] as markup if it were not escaped
+    return escape(f"{value:.3f} [{low:.3f}, {high:.3f}]")
+
+
+def _section(summary: Section, name: str) -> Section:
+    return cast(Section, summary.get(name) or {})
+
+
+def _number(section: Section, name: str) -> float:
+    value = section.get(name)
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def state_view(state: RunState) -> RenderableType:
+    """What `align status` prints."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold")
+    table.add_column()
+    table.add_row("state", state.state)
+    table.add_row("finished", ", ".join(state.finished_steps) or "nothing yet")
+    if state.steps_to_go:
+        table.add_row("to go", ", ".join(state.steps_to_go))
+    status = state.status
+    if status is not None and state.state != "finished":
+        table.add_row("stage", status.stage)
+        table.add_row("doing", Text(f"{status.doing} ({status.done}/{status.total})"))
+        if state.state == "running" and pace(status):
+            table.add_row("pace", f"{pace(status)} of this activity")
+        for name, value in status.metrics.items():
+            table.add_row("", Text(f"{name} {value:.4g}"))
+    if state.error is not None and state.state == "stopped":
+        table.add_row("why", Text(state.error))
+    return table
+
+
+def check_view(rows: Sequence[tuple[str, str, str]]) -> RenderableType:
+    """What `align check` prints: (what, verdict, detail)."""
+    table = Table()
+    for column in ("checked", "verdict", "detail"):
+        table.add_column(column, overflow="fold")
+    for what, verdict, detail in rows:
+        style = {"ok": "green", "wrong": "red"}.get(verdict, "yellow")
+        table.add_row(Text(what), Text(verdict, style), Text(detail))
+    return table
+
+
+def print_view(view: RenderableType) -> None:
+    console: Any = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(view)
