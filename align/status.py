@@ -28,12 +28,13 @@ class Status:
     started: float
     updated: float
     metrics: Mapping[str, float]
+    first_done: int = 0  # where the present activity began: not 0 in a resumed run
 
     @property
     def rate(self) -> float | None:
         """Units a second, of the present activity."""
-        elapsed = self.updated - self.started
-        return self.done / elapsed if self.done > 0 and elapsed > 0 else None
+        elapsed, new = self.updated - self.started, self.done - self.first_done
+        return new / elapsed if new > 0 and elapsed > 0 else None
 
     def seconds_left(self, now: float) -> float | None:
         """Of the present activity; None before its first unit is done."""
@@ -57,7 +58,7 @@ def read_status(run: Path) -> Status | None:
     """None before the first activity, or where another program left something else."""
     try:
         content = cast(dict[str, Any], json.loads((run / "status.json").read_text(encoding="utf-8")))
-        return Status(**{name: content[name] for name in Status.__dataclass_fields__})
+        return Status(**{name: content[name] for name in Status.__dataclass_fields__ if name in content})
     except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
         return None
 

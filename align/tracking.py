@@ -28,6 +28,7 @@ class Tracker:
         self._started = time.time()
         self._last_metrics: dict[str, float] = {}
         self._last_write = 0.0
+        self._first_done: int | None = None
         for name in ("metrics.jsonl", "timings.jsonl"):
             if not resume:
                 (folder / name).write_text("", encoding="utf-8")
@@ -62,18 +63,19 @@ class Tracker:
         self._append("timings.jsonl", {"step": step, "time": time.time(), **values})
 
     def progress(self, done: int, total: int, doing: str) -> None:
-        """Say how far the present activity is; the driver draws a bar from it. Cheap: writes at most 5 times a second."""
+        """Say how far the present activity is; the driver draws a bar from it. Writes at most 5 times a second."""
         now = time.time()
         if now - self._last_write < 0.2 and done not in (0, total):
             return
         self._last_write = now
-        if done == 0:
-            self._started = now
+        if done == 0 or self._first_done is None:
+            self._started, self._first_done = now, done
         status = {
             "stage": self._stage,
             "doing": doing,
             "done": done,
             "total": total,
+            "first_done": self._first_done,  # not 0 where a resumed run went on
             "started": self._started,
             "updated": now,
             "metrics": self._last_metrics,
