@@ -120,8 +120,11 @@ def _common_border(first: str, second: str) -> int:
 
 
 def _common_length(first: Sequence[object], second: Sequence[object]) -> int:
-    pairs = zip(first, second, strict=False)
-    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(first), len(second)))
+    low, high = 0, min(len(first), len(second))
+    while low < high:  # bisection by slices: prompts are long, and a loop over their characters is slow
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if first[low:middle] == second[low:middle] else (low, middle - 1)
+    return low
 
 
 def _compared_messages(

@@ -63,6 +63,7 @@ def test_each_comparison_format_becomes_the_same_comparison(row: Row) -> None:
     [
         ("The sky is blue.", "The sky is red.", ("The sky is", "blue.", "red.")),
         ("The sky is green.", "The sky is grey.", ("The sky is", "green.", "grey.")),  # not inside "gre"
+        ("The sky is blue.", "The sky is\n red.", ("The sky is", "blue.", "red.")),
         ("Sky: is it blue", "Sky: is", ("Sky: is", "it blue", "")),
     ],
 )

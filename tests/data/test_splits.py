@@ -23,7 +23,8 @@ def test_no_prompt_is_on_both_sides_however_it_is_written() -> None:
     shouted = [prompt(f"  QUESTION\n{n}？ ") for n in range(1000)]  # the full-width ? is the plain one in NFKC
     train, held_out = split_by_prompt([*PROMPTS, *shouted], held_out_fraction=0.3, seed=1)
     assert shared_prompts(train, held_out) == 0
-    assert len(train) % 2 == 0
+    for side in (train, held_out):
+        assert [record in side for record in PROMPTS] == [record in side for record in shouted]
 
 
 def test_the_split_follows_the_seed_and_not_the_other_records() -> None:

@@ -228,6 +228,15 @@ def test_a_template_that_rewrites_earlier_turns_is_a_reject_for_demonstrations_a
     assert text_of(codec, prompts[0].ids).startswith("user>Why?<|im_end|>assistant>Because.<|im_end|>user>")
 
 
+def test_a_template_whose_beginning_depends_on_later_turns_rewrites_earlier_ones() -> None:
+    tokenizer = chatml()
+    tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}|{{ m['content'] }}<|im_end|>{% endfor %}|"
+    codec = make_codec(tokenizer, eos_ids=[], system_prompt=None)
+    counted = (USER, Message("assistant", "3"), *TWO_TURNS[2:])  # the answer itself is what the text begins with
+    with pytest.raises(EncodingError, match="template rewrites earlier turns"):
+        encode_conversation(codec, counted)
+
+
 def test_a_row_that_the_template_refuses_is_a_reject() -> None:
     tokenizer = chatml()
     tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
