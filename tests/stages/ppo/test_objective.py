@@ -1,0 +1,251 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from stages.ppo import objective
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def mask_of(lengths: list[int]) -> Tensor:
+    return torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
+
+
+def test_the_masked_mean_counts_real_tokens_only() -> None:
+    # (1 + 2 + 6) / 3, whatever stands at the padding
+    values_BT = torch.tensor([[1.0, 2.0], [6.0, 99.0]])
+    assert objective.masked_mean(values_BT, mask_of([2, 1])).item() == 3.0
+
+
+def test_k1_and_k3_of_one_token() -> None:
+    # π = 0.5, π_ref = 0.25: k1 = ln 2, k3 = 0.25/0.5 − 1 + ln 2 = ln 2 − 0.5. The other way round: k1 = −ln 2, k3 = 1 − ln 2
+    own, ref = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.25, 0.5]]).log()
+    assert objective.kl_k1(own, ref)[0].tolist() == pytest.approx([math.log(2), -math.log(2)])
+    assert objective.kl_k3(own, ref)[0].tolist() == pytest.approx([math.log(2) - 0.5, 1 - math.log(2)])
+
+
+@given(st.floats(-20, 0), st.floats(-20, 0))
+def test_k3_is_never_negative(own: float, ref: float) -> None:
+    k3 = objective.kl_k3(torch.tensor([[own]], dtype=torch.float64), torch.tensor([[ref]], dtype=torch.float64))
+    assert k3.item() >= 0
+
+
+def test_k1_and_k3_both_have_the_kl_divergence_as_their_mean() -> None:
+    logits_V, ref_V = drawn(7, seed=0).log_softmax(-1), drawn(7, seed=1).log_softmax(-1)
+    probabilities_V = logits_V.exp()
+    divergence = torch.distributions.kl_divergence(
+        torch.distributions.Categorical(logits=logits_V), torch.distributions.Categorical(logits=ref_V)
+    )
+    for estimator in (objective.kl_k1, objective.kl_k3):
+        mean = (probabilities_V * estimator(logits_V[None], ref_V[None])[0]).sum()
+        assert mean.item() == pytest.approx(divergence.item(), rel=1e-9)
+
+
+def test_k1_in_the_reward_has_the_gradient_of_the_kl_divergence() -> None:
+    # Exact, by enumerating a vocabulary of 7: E[k1 · ∇log π] = ∇KL
+    logits_V, ref_V = drawn(7, seed=2).requires_grad_(), drawn(7, seed=3).log_softmax(-1)
+    logprobs_V = logits_V.log_softmax(-1)
+    k1_V = objective.kl_k1(logprobs_V[None], ref_V[None])[0]
+    (of_divergence,) = torch.autograd.grad((logprobs_V.exp() * k1_V).sum(), logits_V, retain_graph=True)
+    in_reward = (logprobs_V.exp().detach() * k1_V.detach() * logprobs_V).sum()
+    (of_reward,) = torch.autograd.grad(in_reward, logits_V, retain_graph=True)
+    torch.testing.assert_close(of_reward, of_divergence)
+    # In the loss it would have no gradient at all in expectation
+    (of_loss,) = torch.autograd.grad((logprobs_V.exp().detach() * k1_V).sum(), logits_V)
+    torch.testing.assert_close(of_loss, torch.zeros_like(of_loss))
+
+
+def test_scores_are_normalised_then_clipped_then_penalised() -> None:
+    # mean 1, std 2: (2−1)/2 = 0.5; (41−1)/2 = 20 → 5; (−39−1)/2 = −20 → −5, and −5 − 1 without EOS: not clipped away
+    scores_B, has_eos_B = torch.tensor([2.0, 41.0, -39.0]), torch.tensor([True, True, False])
+    shaped_B = objective.shaped_scores(scores_B, has_eos_B, mean=1.0, std=2.0, clip=5.0, missing_eos_penalty=1.0)
+    assert shaped_B.tolist() == [0.5, 5.0, -6.0]
+    shaped_B = objective.shaped_scores(scores_B, has_eos_B, mean=0.0, std=1.0, clip=None, missing_eos_penalty=0.0)
+    assert shaped_B.tolist() == scores_B.tolist()
+
+
+def test_the_score_is_added_on_the_real_last_token() -> None:
+    # β = 0.5. Row 0: −0.05, 0.1, −0.15 + 2. Row 1 ends at its second token: −0.1, −0.2 − 1, and nothing past it.
+    kl_BT = torch.tensor([[0.1, -0.2, 0.3], [0.2, 0.4, 9.0]])
+    rewards_BT = objective.token_rewards(torch.tensor([2.0, -1.0]), kl_BT, mask_of([3, 2]), kl_coefficient=0.5)
+    torch.testing.assert_close(rewards_BT, torch.tensor([[-0.05, 0.1, 1.85], [-0.1, -1.2, 0.0]]))
+
+
+def test_the_rewards_of_a_response_sum_to_its_score_less_beta_times_kl() -> None:
+    mask_BT, kl_BT, scores_B = mask_of([1, 5, 3]), drawn(3, 5, seed=4), drawn(3, seed=5)
+    rewards_BT = objective.token_rewards(scores_B, kl_BT, mask_BT, kl_coefficient=0.3)
+    torch.testing.assert_close(rewards_BT.sum(-1), scores_B - 0.3 * (kl_BT * mask_BT).sum(-1))
+
+
+def test_gae_of_three_tokens() -> None:
+    # γ 0.9, λ 0.5, so γλ = 0.45
+    # δ2 = 3 − 1.5 = 1.5                A2 = 1.5
+    # δ1 = 2 + 0.9·1.5 − 1 = 2.35       A1 = 2.35 + 0.45·1.5 = 3.025
+    # δ0 = 1 + 0.9·1 − 0.5 = 1.4        A0 = 1.4 + 0.45·3.025 = 2.76125
+    # The second row has one token: A0 = 2 − 0.5; what stands at its padding is nothing.
+    rewards_BT = torch.tensor([[1.0, 2.0, 3.0], [2.0, 77.0, 77.0]])
+    values_BT = torch.tensor([[0.5, 1.0, 1.5], [0.5, 99.0, 99.0]])
+    advantages_BT, returns_BT = objective.gae(rewards_BT, values_BT, mask_of([3, 1]), gamma=0.9, lam=0.5)
+    torch.testing.assert_close(advantages_BT, torch.tensor([[2.76125, 3.025, 1.5], [1.5, 0.0, 0.0]]))
+    torch.testing.assert_close(returns_BT, torch.tensor([[3.26125, 4.025, 3.0], [2.0, 0.0, 0.0]]))
+
+
+def gae_by_a_plain_loop(rewards: list[float], values: list[float], gamma: float, lam: float) -> list[float]:
+    """A_t = Σ_l (γλ)^l δ_{t+l}, each sum written out."""
+    deltas = [
+        rewards[t] + gamma * (values[t + 1] if t + 1 < len(values) else 0.0) - values[t] for t in range(len(values))
+    ]
+    return [
+        sum((gamma * lam) ** l * deltas[t + l] for l in range(len(deltas) - t))  # noqa: E741
+        for t in range(len(deltas))
+    ]
+
+
+LENGTHS = st.lists(st.integers(1, 7), min_size=1, max_size=5)
+SEEDS = st.integers(0, 2**31)
+
+
+@settings(deadline=None, max_examples=50)
+@given(LENGTHS, st.floats(0.1, 1), st.floats(0, 1), SEEDS)
+def test_gae_is_the_same_as_a_plain_loop_on_ragged_rows(
+    lengths: list[int], gamma: float, lam: float, seed: int
+) -> None:
+    shape = (len(lengths), max(lengths))
+    rewards_BT, values_BT = drawn(*shape, seed=seed), drawn(*shape, seed=seed + 1)
+    advantages_BT, returns_BT = objective.gae(rewards_BT, values_BT, mask_of(lengths), gamma=gamma, lam=lam)
+    for row, length in enumerate(lengths):
+        values = values_BT[row, :length].tolist()
+        expected = gae_by_a_plain_loop(rewards_BT[row, :length].tolist(), values, gamma, lam)
+        assert advantages_BT[row, :length].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        sums = [a + v for a, v in zip(expected, values, strict=True)]
+        assert returns_BT[row, :length].tolist() == pytest.approx(sums, rel=1e-5, abs=1e-5)
+        assert not advantages_BT[row, length:].any()
+        assert not returns_BT[row, length:].any()
+
+
+def test_gae_with_lambda_1_is_the_discounted_return_less_the_value() -> None:
+    rewards_BT, values_BT, mask_BT = drawn(1, 6, seed=6), drawn(1, 6, seed=7), mask_of([6])
+    advantages_BT, returns_BT = objective.gae(rewards_BT, values_BT, mask_BT, gamma=0.9, lam=1.0)
+    rewards = rewards_BT[0].tolist()
+    discounted = [sum(0.9 ** (k - t) * rewards[k] for k in range(t, 6)) for t in range(6)]
+    assert returns_BT[0].tolist() == pytest.approx(discounted)
+    assert advantages_BT[0].tolist() == pytest.approx((torch.tensor(discounted) - values_BT[0]).tolist())
+
+
+def test_gae_with_lambda_0_is_the_temporal_difference_error() -> None:
+    rewards_BT, values_BT = drawn(2, 4, seed=8), drawn(2, 4, seed=9)
+    advantages_BT, _ = objective.gae(rewards_BT, values_BT, mask_of([4, 4]), gamma=0.7, lam=0.0)
+    next_BT = torch.cat([values_BT[:, 1:], torch.zeros(2, 1)], dim=1)
+    torch.testing.assert_close(advantages_BT, rewards_BT + 0.7 * next_BT - values_BT)
+
+
+def test_whitening_gives_mean_0_and_variance_1_over_real_tokens_and_0_at_padding() -> None:
+    masks = [mask_of([2, 5]), mask_of([1, 3])]
+    values = [torch.where(mask, 7 + 3 * drawn(*mask.shape, seed=i), 1e6) for i, mask in enumerate(masks)]
+    whitened = objective.whiten(values, masks)
+    flat_N = torch.cat([v[m] for v, m in zip(whitened, masks, strict=True)])
+    assert flat_N.mean().item() == pytest.approx(0, abs=1e-6)
+    assert flat_N.var(unbiased=False).item() == pytest.approx(1, abs=1e-6)
+    assert all(not v[~m].any() for v, m in zip(whitened, masks, strict=True))
+
+
+def test_whitening_does_not_depend_on_how_the_rollout_is_cut() -> None:
+    values_BT, mask_BT = drawn(4, 3, seed=10), mask_of([3, 1, 2, 3])
+    whole = objective.whiten([values_BT], [mask_BT])[0]
+    cut = objective.whiten([values_BT[:1], values_BT[1:]], [mask_BT[:1], mask_BT[1:]])
+    torch.testing.assert_close(torch.cat(cut), whole)
+
+
+def test_whitening_equal_values_gives_zeros() -> None:
+    assert objective.whiten([torch.full((2, 3), 4.0)], [mask_of([3, 3])])[0].tolist() == [[0.0] * 3] * 2
+
+
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "loss", "gradient"),
+    [
+        (2.0, 1.5, -2.4, 0.0),  # good and already likelier by more than 20 %: −1.2·2, no further push
+        (-2.0, 1.5, 3.0, 3.0),  # bad and likelier: not clipped, gradient −ρA
+        (2.0, 0.5, -1.0, -1.0),  # good and less likely: not clipped
+        (-2.0, 0.5, 1.6, 0.0),  # bad and already less likely: 0.8·2, no further push
+    ],
+)
+def test_clipping_stops_the_gradient_only_where_the_ratio_has_gone_far_enough(
+    advantage: float, ratio: float, loss: float, gradient: float
+) -> None:
+    old_BT = torch.tensor([[-1.0]])
+    logprobs_BT = (old_BT + math.log(ratio)).requires_grad_()
+    loss_BT = objective.policy_loss(logprobs_BT, old_BT, torch.tensor([[advantage]]), clip=0.2)
+    assert loss_BT.item() == pytest.approx(loss)
+    loss_BT.sum().backward()
+    assert logprobs_BT.grad is not None
+    assert logprobs_BT.grad.item() == pytest.approx(gradient)
+
+
+def test_at_ratio_1_the_policy_loss_is_minus_the_advantage_with_the_policy_gradient() -> None:
+    logits_TV, actions_T, advantages_T = drawn(4, 5, seed=11).requires_grad_(), torch.tensor([0, 3, 1, 4]), drawn(4, seed=12)
+    logprobs_T = logits_TV.log_softmax(-1)[torch.arange(4), actions_T]
+    loss_BT = objective.policy_loss(logprobs_T[None], logprobs_T.detach()[None], advantages_T[None], clip=0.2)
+    torch.testing.assert_close(loss_BT[0], -advantages_T)
+    loss_BT.sum().backward()
+    # ∇ log softmax = onehot − p
+    grad_log_pi = torch.nn.functional.one_hot(actions_T, 5) - logits_TV.detach().softmax(-1)
+    torch.testing.assert_close(logits_TV.grad, -advantages_T[:, None] * grad_log_pi)
+
+
+@pytest.mark.parametrize(
+    ("value", "clip", "loss", "gradient"),
+    [
+        # R = 3, old value 1
+        (2.0, None, 0.5, -1.0),  # ½(2−3)²
+        (2.0, 0.2, 1.62, 0.0),  # clipped to 1.2: ½(1.2−3)² is larger, and does not move with V
+        (0.0, 0.2, 4.5, -3.0),  # went the wrong way: ½(0−3)² is larger than ½(0.8−3)²
+        (1.1, 0.2, 1.805, -1.9),  # inside: as without the clip
+    ],
+)
+def test_the_value_loss_is_the_larger_of_the_plain_and_the_clipped(
+    value: float, clip: float | None, loss: float, gradient: float
+) -> None:
+    values_BT = torch.tensor([[value]], requires_grad=True)
+    loss_BT = objective.value_loss(values_BT, torch.tensor([[1.0]]), torch.tensor([[3.0]]), clip=clip)
+    assert loss_BT.item() == pytest.approx(loss)
+    loss_BT.sum().backward()
+    assert values_BT.grad is not None
+    assert values_BT.grad.item() == pytest.approx(gradient)
+
+
+def test_the_clip_fraction_counts_ratios_outside_the_range_in_both_directions() -> None:
+    # ratios 1.3, 0.7, 1.1 and a padded 9: two of three
+    ratios_BT = torch.tensor([[1.3, 0.7], [1.1, 9.0]])
+    fraction = objective.clip_fraction(ratios_BT.log(), torch.zeros(2, 2), mask_of([2, 1]), clip=0.2)
+    assert fraction.item() == pytest.approx(2 / 3)
+
+
+def test_explained_variance_is_1_for_perfect_values_0_for_a_constant_and_negative_for_worse() -> None:
+    returns_N = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    assert objective.explained_variance(returns_N, returns_N).item() == 1
+    assert objective.explained_variance(torch.full((4,), 9.0), returns_N).item() == 0
+    assert objective.explained_variance(-returns_N, returns_N).item() == -3  # 1 − Var(2R)/Var(R)
+    assert objective.explained_variance(returns_N, torch.ones(4)).item() == 0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "expected"),
+    [
+        ("constant", 0, [1, 1, 1, 1]),
+        ("linear", 0, [1, 0.75, 0.5, 0.25]),
+        ("cosine", 0, [1, 0.853553, 0.5, 0.146447]),  # (1 + cos(k π/4)) / 2
+        ("linear", 2, [1 / 3, 2 / 3, 1, 0.5]),
+        ("constant", 1, [0.5, 1, 1, 1]),
+    ],
+)
+def test_the_schedule_warms_up_then_falls_and_the_last_update_still_learns(
+    schedule: str, warmup: int, expected: list[float]
+) -> None:
+    factors = [objective.schedule_factor(step, 4, schedule=schedule, warmup=warmup) for step in range(4)]
+    assert factors == pytest.approx(expected, abs=1e-6)
