@@ -87,6 +87,10 @@ class AdaptedModel:
             raise ArtifactError(f"{folder} is not a LoRA adapter of PEFT (safetensors): {reason}") from None
         if not isinstance(config, LoraConfig):
             raise ArtifactError(f"{folder}: only LoRA adapters are supported, this one is {config.peft_type}")
+        of_the_base = ("bias", "modules_to_save", "trainable_token_indices", "layer_replication")
+        found = [key for key in of_the_base if getattr(config, key) not in (None, "none", [], {})]
+        if found:
+            raise ArtifactError(f"{folder}: {found[0]} is set; it would change the base itself, which all roles share")
         config.inference_mode = False
         try:
             self._attach(name, config)
