@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -39,6 +39,13 @@ def _one_message() -> Generator[None]:
         raise typer.Exit(StoppedError.exit_code) from None
 
 
+def _ours_only() -> None:
+    """Ahead of the imports of `data`: with `python -m align.cli` the current folder comes first here, too."""
+    from align.installation import verify_packages
+
+    verify_packages()
+
+
 def _print_version(is_asked: bool) -> None:
     if is_asked:
         from align import __version__
@@ -71,20 +78,23 @@ def run(
     with _one_message():
         if resume and fresh:
             raise ConfigError("--resume continues what --fresh discards: give one of them")
+        _ours_only()
         from align import settings
         from align.driver import run_folder, run_pipeline
         from align.show import make_display, print_view, summary_view
 
         loaded = settings.load(config, overrides or [])
-        summary = run_pipeline(
-            loaded,
-            stages={"sft": _sft, "reward": _reward, "ppo": _ppo, "evaluation": _evaluation},
-            display=make_display(is_quiet=quiet, is_json=as_json),
-            command=shlex.join(["align", "run", str(config), *(overrides or [])]),
-            stage=stage,
-            resume=resume,
-            fresh=fresh,
-        )
+        # Ray prints notices of its own on stdout; with --json that is for the summary alone
+        with redirect_stdout(sys.stderr if as_json else sys.stdout):
+            summary = run_pipeline(
+                loaded,
+                stages={"sft": _sft, "reward": _reward, "ppo": _ppo, "evaluation": _evaluation},
+                display=make_display(is_quiet=quiet),
+                command=shlex.join(["align", "run", str(config), *(overrides or [])]),
+                stage=stage,
+                resume=resume,
+                fresh=fresh,
+            )
         if as_json:
             print(json.dumps(summary, indent=1))
         else:
@@ -96,6 +106,7 @@ def run(
 def check(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check a config and the files that it names, without torch, Ray or the network."""
     with _one_message():
+        _ours_only()
         from align import settings
         from align.check import check_config
         from align.show import check_view, print_view

@@ -134,11 +134,15 @@ class Cluster:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            raise PlacementError(
-                f"cluster.address: {address!r}: no connection to Ray: {str(error).strip().splitlines()[0]} "
-                "Start it (ray start --head), or use cluster.address=local for a Ray of this run's own."
-            ) from None
+        except Exception as error:  # noqa: BLE001 (Ray raises a bare one when its own node is slow to start)
+            ray.shutdown()
+            remedy = (
+                "Is the machine overloaded, or /tmp full? Run again."
+                if is_own
+                else "Start it (ray start --head), or use cluster.address=local for a Ray of this run's own."
+            )
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise PlacementError(f"cluster.address: {address!r}: no connection to Ray: {reason} {remedy}") from error
         self._is_ours = True
 
     def _place(self) -> Any:

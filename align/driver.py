@@ -13,7 +13,7 @@ from align.cluster import Cluster, is_in_ray_job
 from align.config import Config
 from align.errors import AlignError, StoppedError, UsageError
 from align.handover import FinishedStep, begin, build_inputs, current_results, gather, write_finished
-from align.installation import verify_driver
+from align.installation import import_root, verify_current_folder
 from align.intake import StageData, parts_of_step, read_stage_data
 from align.messages import MessageReader
 from align.pipeline import Fingerprint, StepName, decide, fingerprint, refuse_unfinished, steps_to_do
@@ -64,7 +64,7 @@ def run_pipeline(
     """
     steps = steps_to_do(config, stage)
     run = run_folder(config)
-    import_root = verify_driver()
+    verify_current_folder()
     with occupied(run), _said_if_stopped(run, display, command):
         (run / "config.yaml").write_text(dump(config), encoding="utf-8")
         if "ppo" in steps:
@@ -73,7 +73,7 @@ def run_pipeline(
         data = {name: read_stage_data(config, name, run, display.note) for name in config.run.stages if name in steps}
         journal = Journal(config, run, base_identity)
         watch = Watch(run, display)
-        with Cluster(config, run=run, import_root=import_root, poll=watch.poll, command=command) as cluster:
+        with Cluster(config, run=run, import_root=import_root(), poll=watch.poll, command=command) as cluster:
             for step in steps:
                 stage_data = data["ppo" if step == "evaluation" else step]
                 prepared = prepare(step, config, stage_data, run=run, base_identity=base_identity, command=command)

@@ -16,22 +16,29 @@ def import_root() -> Path:
     return Path(__file__).resolve().parent.parent
 
 
-def verify_driver() -> Path:
-    """The import root, once all three packages are known to come from it, here and on a worker.
+def verify_packages() -> None:
+    """Before any of `data` or `stages` is imported: all three packages would come from the import root.
 
     Raises:
         InstallationError: names both places.
     """
-    root = import_root()
     for name in PACKAGES:
         spec = importlib.util.find_spec(name)
-        _refuse_other(name, spec.origin if spec else None, root, where="this process")
-    # Ray puts the folder that the driver runs in first on a worker's path. `data` and `stages` are set right there
-    # (verify_worker); an `align` would be imported before we get a word in.
+        _refuse_other(name, spec.origin if spec else None, import_root(), where="this process")
+
+
+def verify_current_folder() -> None:
+    """The current folder, which Ray puts first on a worker's path, has no `align` of its own.
+
+    A `data` or `stages` there does no harm: `verify_worker` sees to them. Another `align` would be imported before
+    we get a word in.
+
+    Raises:
+        InstallationError: names both places.
+    """
     spec = PathFinder.find_spec("align", [str(Path.cwd())])
     if spec is not None and spec.origin is not None:
-        _refuse_other("align", spec.origin, root, where="a worker, which looks into the current folder first")
-    return root
+        _refuse_other("align", spec.origin, import_root(), where="a worker, which looks into the current folder first")
 
 
 def verify_worker(root: Path) -> None:

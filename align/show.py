@@ -83,12 +83,10 @@ class BarDisplay:
         self._bars.stop()
 
 
-def make_display(*, is_quiet: bool, is_json: bool) -> QuietDisplay | PlainDisplay | BarDisplay:
-    """With --json, stdout is for the summary alone."""
+def make_display(*, is_quiet: bool) -> QuietDisplay | PlainDisplay | BarDisplay:
     if is_quiet:
         return QuietDisplay()
-    stream = sys.stderr if is_json else sys.stdout
-    return BarDisplay(Console(file=stream)) if stream.isatty() else PlainDisplay(stream)
+    return BarDisplay(Console(file=sys.stdout)) if sys.stdout.isatty() else PlainDisplay(sys.stdout)
 
 
 def pace(status: Status) -> str:
