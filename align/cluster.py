@@ -134,7 +134,7 @@ class Cluster:
                 log_to_driver=False,
                 logging_level=logging.ERROR,
             )
-        except Exception as error:  # noqa: BLE001 (Ray raises a bare one when its own node is slow to start)
+        except Exception as error:  # Ray raises a bare one when its own node is slow to start
             ray.shutdown()
             remedy = (
                 "Is the machine overloaded, or /tmp full? Run again."
