@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 REPETITION_WEIGHT = 1.0
 UNLIKELY_WEIGHT = 0.5
-NLL_BAND = 3.5  # nats a token; some 95 % of the base's own one-sentence answers lie below
+NLL_BAND = 3.5  # nats a token; nine tenths of the base's own one-sentence answers lie below
 
 
 @cache
