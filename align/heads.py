@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -53,13 +55,21 @@ def load_head(folder: Path, *, device: torch.device) -> tuple[ScalarHead, ScoreS
         tensors = load_file(folder / "head.safetensors")
     except FileNotFoundError:
         raise ArtifactError(f"{folder} holds no head.safetensors; a reward model needs its head") from None
+    except (OSError, SafetensorError) as error:
+        raise ArtifactError(f"{folder}/head.safetensors is damaged: {error}") from None
     if set(tensors) != {"weight", "bias"} or tensors["weight"].shape[0] != 1:
         raise ArtifactError(f"{folder}/head.safetensors holds {sorted(tensors)}, expected a scalar head: weight, bias")
     head = ScalarHead(tensors["weight"].shape[1])
     head.load_state_dict(tensors)
     statistics = None
     if (folder / "statistics.json").is_file():
-        values = read_json(folder / "statistics.json")
-        assert isinstance(values, dict)
-        statistics = ScoreStatistics(float(values["mean"]), float(values["std"]), int(values["num_responses"]))
+        statistics = _read_statistics(folder / "statistics.json")
     return head.to(device).requires_grad_(False), statistics
+
+
+def _read_statistics(path: Path) -> ScoreStatistics:
+    values = cast("dict[str, float]", read_json(path))
+    try:
+        return ScoreStatistics(float(values["mean"]), float(values["std"]), int(values["num_responses"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ArtifactError(f"{path} is damaged: {error!r}; it needs mean, std and num_responses") from None
