@@ -1,0 +1,231 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from align.adapters import AdaptedModel
+from align.context import Sampling
+from align.episodes import Episode, collate, policy_pass
+from align.generation import Response, generate, sample
+from align.randomness import keyed_uniforms
+from tests.resident import SHAPES, logits_of, with_adapters
+
+SAMPLING = Sampling(temperature=1.0, max_response_length=6, max_prompt_length=64, batch_size=8)
+NO_EOS = torch.tensor([], dtype=torch.int64)
+PROMPTS = [tuple(range(10 * n, 11 * n + 1)) for n in range(8)]  # of 1 to 8 tokens
+LAST_TOKEN = 1 - 2**-53  # the largest uniform there is picks the vocabulary's last token: an EOS in all tiny models
+
+
+def respond(model: AdaptedModel, prompts: list[tuple[int, ...]], uniforms_BT: np.ndarray, **changes: int | float) -> list[Response]:
+    with model.role("sft"):
+        return generate(
+            model, model.base.codec(None), prompts, sampling=replace(SAMPLING, **changes), uniforms_BT=uniforms_BT
+        )
+
+
+def uniforms(count: int = len(PROMPTS), *, ends: dict[int, int] | None = None, length: int = 6) -> np.ndarray:
+    """Keyed uniforms; `ends` says for some rows at which step they draw EOS."""
+    drawn = 0.9 * keyed_uniforms(0, "test", 0, list(range(count)), length)
+    for row, step in (ends or {}).items():
+        drawn[row, step] = LAST_TOKEN
+    return drawn
+
+
+# ---- responses ----
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_response_is_the_same_whatever_the_batch_size_and_whichever_others_are_beside(shape: str) -> None:
+    model = with_adapters(shape, "sft")
+    drawn = uniforms(ends={0: 0, 3: 2, 4: 4, 6: 2})
+    alone = respond(model, PROMPTS, drawn, batch_size=1)
+    assert len({response.ids for response in alone}) > 4
+    order = [5, 2, 7, 0, 3, 6, 1, 4]
+    shuffled = respond(model, [PROMPTS[i] for i in order], drawn[order], batch_size=3)
+    for found in (
+        respond(model, PROMPTS, drawn, batch_size=8),
+        respond(model, PROMPTS, drawn, batch_size=3),
+        [shuffled[order.index(i)] for i in range(8)],
+    ):
+        assert [(response.ids, response.has_eos) for response in found] == [(r.ids, r.has_eos) for r in alone]
+        for one, other in zip(found, alone, strict=True):
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", ["llama", "gpt2"])
+def test_under_left_padding_a_row_sees_the_positions_that_it_has_alone(shape: str) -> None:
+    # Eight prompts of eight lengths side by side; each next token's logprob against a forward pass of that row alone
+    model = with_adapters(shape, "sft")
+    responses = respond(model, PROMPTS, uniforms(), temperature=1.0)
+    with model.role("sft"):
+        for prompt, response in zip(PROMPTS, responses, strict=True):
+            logprobs_SV = logits_of(model, prompt + response.ids).log_softmax(-1)
+            expected = [logprobs_SV[len(prompt) + t - 1, token].item() for t, token in enumerate(response.ids)]
+            assert response.logprobs == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_samplers_logprobs_are_the_trainers(shape: str) -> None:
+    model = with_adapters(shape, "sft")
+    responses = respond(model, PROMPTS, uniforms(ends={1: 3}), temperature=0.6)
+    episodes = [Episode(p, r.ids, r.has_eos) for p, r in zip(PROMPTS, responses, strict=True)]
+    batch = collate(episodes, pad_id=model.base.codec(None).pad_id, device=model.device)
+    with torch.no_grad(), model.role("sft"):
+        trainers_BT = policy_pass(model, batch, temperature=0.6).logprobs_BT
+    for row, response in enumerate(responses):
+        assert trainers_BT[row, : len(response.ids)].tolist() == pytest.approx(response.logprobs, abs=1e-4)
+
+
+def test_a_response_ends_with_its_eos_and_one_without_has_the_full_length() -> None:
+    model = with_adapters("llama", "sft")
+    codec = model.base.codec(None)
+    responses = respond(model, PROMPTS[:3], uniforms(3, ends={0: 0, 1: 3}), batch_size=3)
+    assert [len(response.ids) for response in responses] == [1, 4, 6]
+    assert [response.has_eos for response in responses] == [True, True, False]
+    for response in responses:
+        assert len(response.logprobs) == len(response.ids)
+        assert not set(response.ids[:-1]) & set(codec.eos_ids)  # nothing after EOS
+        assert (response.ids[-1] in codec.eos_ids) == response.has_eos
+
+
+def test_any_listed_eos_stops_a_response() -> None:
+    model = with_adapters("qwen2", "sft")
+    codec = model.base.codec(None)
+    assert codec.eos_ids == (256, 258)
+    with model.role("sft"):
+        cdf_V = logits_of(model, PROMPTS[2])[-1].softmax(-1).double().cumsum(-1)
+    drawn = uniforms(2)
+    for row, token in enumerate(codec.eos_ids):
+        drawn[row, 0] = (cdf_V[token - 1] + cdf_V[token]).item() / 2
+    responses = respond(model, [PROMPTS[2]] * 2, drawn)
+    assert [(r.ids, r.has_eos) for r in responses] == [((256,), True), ((258,), True)]
+
+
+def test_rows_that_have_finished_leave_the_batch_once_a_quarter_has() -> None:
+    model = with_adapters("llama", "sft")
+    rows: list[int] = []
+    handle = model.trunk.register_forward_pre_hook(
+        lambda _, __, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    # Two of eight end at step 0 and leave; one of six stays; with the next that is two of six, so both leave.
+    responses = respond(model, PROMPTS, uniforms(ends={2: 0, 7: 0, 4: 1, 0: 2}))
+    assert rows == [8, 6, 6, 4, 4, 4]
+    assert [len(response.ids) for response in responses] == [3, 6, 1, 6, 2, 6, 6, 1]
+    rows.clear()
+    respond(model, PROMPTS, uniforms(ends=dict.fromkeys(range(8), 1)))
+    assert rows == [8, 8]  # and when all have finished, nothing is computed any more
+    handle.remove()
+
+
+def test_generation_follows_the_present_role_and_leaves_no_gradients() -> None:
+    model = with_adapters("llama", "reward", "sft")
+    codec, drawn = model.base.codec(None), uniforms()
+    with model.role("reward"):
+        others = generate(model, codec, PROMPTS, sampling=SAMPLING, uniforms_BT=drawn)
+    own = respond(model, PROMPTS, drawn)
+    assert [r.logprobs for r in own] != [r.logprobs for r in others]
+
+
+def test_progress_is_told_in_responses() -> None:
+    model = with_adapters("llama", "sft")
+    told: list[tuple[int, int]] = []
+    with model.role("sft"):
+        generate(
+            model,
+            model.base.codec(None),
+            PROMPTS,
+            sampling=replace(SAMPLING, batch_size=3, max_response_length=1),
+            uniforms_BT=uniforms(),
+            on_progress=lambda done, total: told.append((done, total)),
+        )
+    assert told == [(3, 8), (6, 8), (8, 8)]
+
+
+# ---- sampling one token ----
+
+
+def draw(logits_V: Tensor, uniforms_N: Tensor, *, eos: Tensor = NO_EOS, step: int = 0, **changes: float) -> tuple[Tensor, Tensor]:
+    return sample(
+        logits_V.expand(len(uniforms_N), -1), uniforms_N.double(), replace(SAMPLING, **changes), eos, step
+    )
+
+
+def evenly(count: int) -> Tensor:
+    """Uniforms in the middle of `count` equal parts: each token is then drawn as often as its probability says, ±1."""
+    return (torch.arange(count, dtype=torch.float64) + 0.5) / count
+
+
+def shares(tokens_N: Tensor, size: int) -> list[float]:
+    return (tokens_N.bincount(minlength=size) / len(tokens_N)).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_tokens_are_drawn_as_often_as_the_softmax_at_the_temperature_says(temperature: float) -> None:
+    logits_V = torch.tensor([0.3, -1.2, 2.0, 0.0, 1.1])
+    tokens_N, logprobs_N = draw(logits_V, evenly(10_000), temperature=temperature)
+    expected_V = (logits_V / temperature).log_softmax(-1)
+    assert shares(tokens_N, 5) == pytest.approx(expected_V.exp().tolist(), abs=2e-4)
+    torch.testing.assert_close(logprobs_N, expected_V[tokens_N])
+
+
+def test_keyed_uniforms_draw_tokens_with_the_right_frequencies() -> None:
+    probabilities_V = torch.tensor([0.5, 0.2, 0.15, 0.1, 0.05])
+    count = 20_000
+    drawn = torch.from_numpy(keyed_uniforms(7, "sample", 3, list(range(count // 10)), 10).reshape(-1))
+    observed_V = draw(probabilities_V.log(), drawn)[0].bincount(minlength=5)
+    expected_V = count * probabilities_V
+    chi_square = ((observed_V - expected_V).square() / expected_V).sum().item()
+    assert chi_square < 18.47  # the 99.9 % quantile with 4 degrees of freedom
+
+
+def test_a_token_of_probability_0_is_never_drawn() -> None:
+    logits_V = torch.tensor([-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf])
+    extremes = torch.tensor([0.0, 2**-53, LAST_TOKEN], dtype=torch.float64)
+    assert draw(logits_V, extremes)[0].tolist() == [1, 1, 3]
+    assert set(draw(logits_V, evenly(1000))[0].tolist()) == {1, 3}
+
+
+def test_every_token_of_a_large_vocabulary_can_be_drawn() -> None:
+    # In float32 the sum of 50,000 small steps would jump over tokens at its end
+    size = 50_000
+    ends = torch.cat([torch.arange(50), torch.arange(size - 50, size)])
+    tokens_N, _ = draw(torch.zeros(size), (ends + 0.5) / size)
+    assert tokens_N.tolist() == ends.tolist()
+
+
+def test_top_k_keeps_the_k_likeliest_in_proportion_but_logprobs_are_of_the_whole_softmax() -> None:
+    probabilities_V = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    tokens_N, logprobs_N = draw(probabilities_V.log(), evenly(7000), top_k=2)
+    assert shares(tokens_N, 4) == pytest.approx([0, 4 / 7, 0, 3 / 7], abs=2e-4)
+    torch.testing.assert_close(logprobs_N.exp(), probabilities_V[tokens_N])
+
+
+@pytest.mark.parametrize(("top_p", "kept"), [(0.01, {1}), (0.5, {1, 3}), (0.85, {1, 2, 3}), (0.95, {0, 1, 2, 3})])
+def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p: float, kept: set[int]) -> None:
+    probabilities_V = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    tokens_N, logprobs_N = draw(probabilities_V.log(), evenly(1000), top_p=top_p)
+    assert set(tokens_N.tolist()) == kept
+    torch.testing.assert_close(logprobs_N.exp(), probabilities_V[tokens_N])
+
+
+def test_top_k_and_top_p_together_keep_what_both_keep() -> None:
+    probabilities_V = torch.tensor([0.1, 0.4, 0.2, 0.3])
+    assert set(draw(probabilities_V.log(), evenly(1000), top_p=0.85, top_k=2)[0].tolist()) == {1, 3}
+    assert set(draw(probabilities_V.log(), evenly(1000), top_p=0.3, top_k=3)[0].tolist()) == {1}
+
+
+def test_eos_is_withheld_before_the_minimum_length_and_no_longer() -> None:
+    probabilities_V, eos = torch.tensor([0.1, 0.4, 0.2, 0.3]), torch.tensor([1, 3])
+    tokens_N, logprobs_N = draw(probabilities_V.log(), evenly(3000), eos=eos, step=1, min_response_length=2)
+    assert shares(tokens_N, 4) == pytest.approx([1 / 3, 0, 2 / 3, 0], abs=5e-4)
+    torch.testing.assert_close(logprobs_N.exp(), probabilities_V[tokens_N])
+    tokens_N, _ = draw(probabilities_V.log(), evenly(3000), eos=eos, step=2, min_response_length=2)
+    assert shares(tokens_N, 4) == pytest.approx(probabilities_V.tolist(), abs=5e-4)
+
+
+def test_bfloat16_logits_are_sampled_in_float32() -> None:
+    tokens_N, logprobs_N = draw(torch.zeros(1000).bfloat16(), evenly(1000))
+    assert tokens_N.tolist() == list(range(1000))
+    assert logprobs_N.dtype == torch.float32
