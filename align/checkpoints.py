@@ -60,7 +60,10 @@ def restore_optimizer(
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, stage: str, base_identity: str, keep: int) -> Artifact:
-    """Write `folder/update-00010` in one step, then delete all but the newest `keep` whole ones."""
+    """Write `folder/update-00010` in one step, then delete all but the newest `keep` up to it.
+
+    Later ones can only be damaged and passed over by the resume that led here: they go too.
+    """
 
     def fill(path: Path) -> None:
         for name, tensors in checkpoint.groups.items():
@@ -73,8 +76,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, stage: str, base_id
     artifact = write_directory(
         path, fill, kind="checkpoint", stage=stage, step=checkpoint.step, base_identity=base_identity
     )
-    for old in sorted(folder.glob("update-*"))[:-keep]:
-        shutil.rmtree(old)
+    kept = sorted(other for other in folder.glob("update-*") if other.name <= path.name)[-keep:]
+    for other in folder.glob("update-*"):
+        if other not in kept:
+            shutil.rmtree(other)
     return artifact
 
 
