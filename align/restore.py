@@ -5,10 +5,12 @@ input-grad hook, sets use_cache and train mode; its RewardTrainer sets every ada
 """
 
 import copy
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -70,11 +72,14 @@ def restore(model: nn.Module, state: ModelState) -> None:
 def lent(model: nn.Module) -> Iterator[None]:
     """While inside, a trainer may do with the model as it likes; afterwards all but the trained weights is as before.
 
-    The global random state is put back too: trainers seed it.
+    The global random states are put back too: trainers seed them.
     """
     state = snapshot(model)
+    of_python, of_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:
             yield
         finally:
             restore(model, state)
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)
