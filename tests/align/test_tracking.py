@@ -1,0 +1,85 @@
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from align.errors import InvariantError
+from align.tracking import Tracker
+
+
+def lines_of(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_metrics_and_clocks_go_to_files_of_their_own(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path / "ppo", stage="ppo")
+    tracker.log(1, {"objective/kl": 0.5})
+    tracker.log_timing(1, {"seconds/learn": 2.0})
+    assert (tmp_path / "ppo" / "metrics.jsonl").read_text() == '{"step": 1, "objective/kl": 0.5}\n'
+    timing = lines_of(tmp_path / "ppo" / "timings.jsonl")
+    assert timing[0]["seconds/learn"] == 2.0
+    assert "time" in timing[0]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_refused_by_name_and_not_written(value: float, tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path / "ppo", stage="ppo")
+    with pytest.raises(InvariantError, match=r"ppo step 3: not finite: \{'loss/policy': -?(nan|inf)\}"):
+        tracker.log(3, {"objective/kl": 0.5, "loss/policy": value})
+    assert (tmp_path / "ppo" / "metrics.jsonl").read_text() == ""
+
+
+def test_a_new_run_starts_new_files_and_a_resumed_one_keeps_them(tmp_path: Path) -> None:
+    Tracker(tmp_path / "ppo", stage="ppo").log(1, {"x": 1.0})
+    Tracker(tmp_path / "ppo", stage="ppo", resume=True).log(2, {"x": 2.0})
+    assert [line["step"] for line in lines_of(tmp_path / "ppo" / "metrics.jsonl")] == [1, 2]
+    Tracker(tmp_path / "ppo", stage="ppo")
+    assert (tmp_path / "ppo" / "metrics.jsonl").read_text() == ""
+
+
+def test_rewinding_drops_what_came_after_and_a_line_that_was_cut_off(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path / "ppo", stage="ppo")
+    for step in (1, 2, 3):
+        tracker.log(step, {"x": step / 3})
+        tracker.log_timing(step, {"seconds/learn": 1.0})
+    path = tmp_path / "ppo" / "metrics.jsonl"
+    first_two = "".join(path.read_text().splitlines(keepends=True)[:2])
+    path.write_text(path.read_text() + '{"step": 4, "x"')
+    tracker = Tracker(tmp_path / "ppo", stage="ppo", resume=True)
+    tracker.rewind(2)
+    assert path.read_text() == first_two
+    assert [line["step"] for line in lines_of(tmp_path / "ppo" / "timings.jsonl")] == [1, 2]
+
+
+def test_progress_is_one_whole_file_that_tells_the_last_metrics(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path / "ppo", stage="ppo")
+    tracker.log(1, {"objective/kl": 0.5})
+    tracker.progress(0, 10, "update 1/10")
+    tracker.progress(10, 10, "done")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert {key: status[key] for key in ("stage", "doing", "done", "total", "metrics")} == {
+        "stage": "ppo",
+        "doing": "done",
+        "done": 10,
+        "total": 10,
+        "metrics": {"objective/kl": 0.5},
+    }
+    assert status["started"] <= status["updated"]
+
+
+def test_progress_in_between_is_written_at_most_five_times_a_second(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path / "ppo", stage="ppo")
+    tracker.progress(0, 100, "learning")
+    for done in range(1, 50):
+        tracker.progress(done, 100, "learning")
+    assert json.loads((tmp_path / "status.json").read_text())["done"] < 49
+
+
+def test_tensorboard_is_written_only_if_asked_for(tmp_path: Path) -> None:
+    Tracker(tmp_path / "sft", stage="sft").log(1, {"x": 1.0})
+    assert not (tmp_path / "sft" / "tensorboard").exists()
+    tracker = Tracker(tmp_path / "ppo", stage="ppo", tensorboard=True)
+    tracker.log(1, {"x": 1.0})
+    tracker.close()
+    assert any((tmp_path / "ppo" / "tensorboard").iterdir())
