@@ -104,6 +104,7 @@ def load_base(config: BaseModelConfig) -> Base:
         ModelError: not found, not a decoder-only causal LM, damaged, or the device is not there.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     global _loads
@@ -120,13 +121,20 @@ def load_base(config: BaseModelConfig) -> Base:
     trust = config.trust_remote_code
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=trust, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
             f"base.model: {config.model!r} cannot be loaded from {folder}: {type(error).__name__}: {reason}. It must "
             "be a decoder-only causal LM of transformers with its tokenizer beside it."
         ) from error
+    if info["missing_keys"]:  # transformers would go on with random weights
+        raise ModelError(
+            f"base.model: the weights in {folder} are not whole: {len(info['missing_keys'])} tensors are missing, first "
+            f"{min(info['missing_keys'])}"
+        )
     _loads += 1
     model.to(device).eval().requires_grad_(False)
     return Base(resolved, model, tokenizer, _eos_ids(model, tokenizer), device, dtype)
