@@ -85,9 +85,11 @@ def test_every_folder_of_a_package_with_python_in_it_is_a_package(package: str) 
 
 
 def test_the_wheel_takes_every_sample_file() -> None:
+    samples = ROOT / "data" / "samples"
     patterns = PROJECT["tool"]["setuptools"]["package-data"]["data.samples"]
-    files = [path.name for path in (ROOT / "data" / "samples").iterdir() if path.is_file() and path.suffix != ".py"]
-    assert [name for name in files if not any(fnmatch(name, pattern) for pattern in patterns)] == []
+    taken = {path for pattern in patterns for path in samples.glob(pattern)}
+    files = {path for path in samples.rglob("*") if path.is_file() and path.suffix not in {".py", ".pyc"}}
+    assert files - taken == set()
 
 
 def test_every_dependency_is_pinned_to_a_version_within_its_bounds() -> None:
