@@ -129,7 +129,7 @@ def _absolute(value: object, *, key: str, folder: Path) -> object:
     """The same value with its relative paths made absolute."""
     if isinstance(value, dict):
         inner = cast(dict[str, object], value)
-        return {k: _absolute(v, key=f"{key}.{k}".lstrip("."), folder=folder) for k, v in inner.items()}
+        return {str(k): _absolute(v, key=f"{key}.{k}".lstrip("."), folder=folder) for k, v in inner.items()}
     if not isinstance(value, str) or not _PATH_KEY.fullmatch(key):
         return value
     path = os.path.abspath(folder / Path(value).expanduser())

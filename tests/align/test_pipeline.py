@@ -1,0 +1,301 @@
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from align import settings
+from align.artifacts import write_directory
+from align.config import Config
+from align.errors import ArtifactError, UsageError
+from align.handover import (
+    FinishedStep,
+    Vitals,
+    begin,
+    brought,
+    brought_head,
+    build_inputs,
+    current_results,
+    gather,
+    read_finished,
+    write_finished,
+)
+from align.intake import StageData
+from align.pipeline import Decision, StepName, changes, decide, fingerprint, refuse_unfinished, steps_to_do
+from tests.align.recipe import write_recipe
+
+BASE = "b" * 64
+COMMAND = "align run small.yaml"
+VITALS = Vitals(1.0, 2, None, 1, True)
+
+
+def config_with(folder: Path, *overrides: str) -> Config:
+    return settings.load(write_recipe(folder), overrides)
+
+
+def parts_of(config: Config, step: StepName = "sft", **inputs: str | None) -> Mapping[str, object]:
+    return fingerprint(step, config, base_identity=BASE, data={f"data.{step}.train": "d1"}, inputs=inputs)
+
+
+def finish(
+    folder: Path, parts: Mapping[str, object], *, kinds: tuple[str, ...] = ("adapter",), text: str = "w"
+) -> None:
+    """A finished step as the driver leaves it: artifacts with these kinds, and its result."""
+
+    def fill(path: Path) -> None:
+        (path / "adapter_config.json").write_text(text)
+        (path / "head.safetensors").write_text(text)
+
+    artifacts = tuple(
+        write_directory(folder / kind, fill, kind=kind, stage=folder.name, step=1, base_identity=BASE) for kind in kinds
+    )
+    write_finished(folder, FinishedStep(parts, artifacts, {"nll_after": 1.5}, {}, VITALS))
+
+
+def leave_checkpoint(folder: Path, parts: Mapping[str, object], *, update: int = 10) -> Path:
+    begin(folder, parts, keep=True)
+    path = folder / "checkpoints" / f"update-{update:05d}"
+    path.parent.mkdir(exist_ok=True)
+    write_directory(
+        path, lambda p: void((p / "state").write_text("s")), kind="checkpoint", stage="ppo", step=update,
+        base_identity=BASE,
+    )  # fmt: skip
+    return path
+
+
+def void(_: object) -> None: ...
+
+
+def decided(folder: Path, parts: Mapping[str, object], *, resume: bool = False, fresh: bool = False) -> Decision:
+    return decide("ppo", folder, parts, resume=resume, fresh=fresh, command=COMMAND)
+
+
+def test_evaluation_follows_ppo_and_only_ppo(tmp_path: Path) -> None:
+    config = config_with(tmp_path)
+    assert steps_to_do(config, None) == ("sft", "reward", "ppo", "evaluation")
+    assert steps_to_do(config, "ppo") == ("ppo", "evaluation")
+    assert steps_to_do(config, "sft") == ("sft",)
+
+
+def test_a_stage_that_the_config_does_not_have_is_refused(tmp_path: Path) -> None:
+    config = config_with(tmp_path, "run.stages=[sft]")
+    with pytest.raises(UsageError, match=r"--stage reward: run\.stages of this config has only sft"):
+        steps_to_do(config, "reward")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("sft.learning_rate=1e-3", "config sft.learning_rate changed (0.0001 → 0.001)"),
+        ("base.dtype=bfloat16", "config base.dtype changed (float32 → bfloat16)"),
+        ("base.device=auto", "config base.device changed (cpu → auto)"),
+        ("adapters.rank=3", "config adapters.rank changed (2 → 3)"),
+        ("adapters.targets=[a, b]", "config adapters.targets changed (all-linear → ['a', 'b'])"),
+        ("run.seed=1", "config run.seed changed (0 → 1)"),
+        ("data.system_prompt=Be kind", "config data.system_prompt changed"),
+    ],
+)
+def test_what_changes_the_outcome_changes_the_fingerprint_and_is_said(tmp_path: Path, override: str, said: str) -> None:
+    old, new = parts_of(config_with(tmp_path)), parts_of(config_with(tmp_path, override))
+    assert changes(old, new) == said
+
+
+@pytest.mark.parametrize(
+    "override", ["run.name=other", "cluster.cpus=1", "tracking.tensorboard=true", "ppo.updates=9", "reward.epochs=3"]
+)
+def test_what_does_not_concern_the_step_leaves_its_fingerprint(tmp_path: Path, override: str) -> None:
+    assert changes(parts_of(config_with(tmp_path)), parts_of(config_with(tmp_path, override))) == ""
+
+
+def test_how_often_ppo_writes_checkpoints_does_not_change_what_it_learns(tmp_path: Path) -> None:
+    old, new = (parts_of(config_with(tmp_path, f"ppo.checkpoint_every={n}"), "ppo") for n in (1, 2))
+    assert changes(old, new) == ""
+
+
+def test_reward_and_evaluation_depend_on_the_sampling_and_sft_does_not(tmp_path: Path) -> None:
+    configs = [config_with(tmp_path, f"ppo.rollout.temperature={t}") for t in (1.0, 0.7)]
+    for step in ("reward", "evaluation", "ppo"):
+        assert "ppo.rollout.temperature" in changes(parts_of(configs[0], step), parts_of(configs[1], step))
+    assert changes(parts_of(configs[0]), parts_of(configs[1])) == ""
+
+
+def test_changed_data_and_inputs_are_named_without_their_hashes(tmp_path: Path) -> None:
+    config = config_with(tmp_path)
+    old = fingerprint("reward", config, base_identity=BASE, data={"data.reward.train": "1"}, inputs={"sft": "1"})
+    new = fingerprint("reward", config, base_identity=BASE, data={"data.reward.train": "2"}, inputs={"sft": "2"})
+    assert changes(old, new) == "the rows of data.reward.train changed; its input sft changed"
+
+
+def test_an_unchanged_finished_step_is_skipped_with_its_result(tmp_path: Path) -> None:
+    parts = parts_of(config_with(tmp_path))
+    finish(tmp_path / "ppo", parts)
+    decision = decided(tmp_path / "ppo", parts)
+    assert (decision.kind, decision.reason) == ("skip", "inputs unchanged")
+    assert decision.finished is not None
+    assert decision.finished.metrics == {"nll_after": 1.5}
+    assert decision.finished.artifacts[0].path == tmp_path / "ppo" / "adapter"
+
+
+def test_a_changed_finished_step_runs_again_and_says_why(tmp_path: Path) -> None:
+    finish(tmp_path / "ppo", parts_of(config_with(tmp_path)))
+    decision = decided(tmp_path / "ppo", parts_of(config_with(tmp_path, "sft.epochs=3")))
+    assert (decision.kind, decision.reason) == ("run", "run again: config sft.epochs changed (1.0 → 3.0)")
+
+
+def test_fresh_runs_even_what_is_unchanged(tmp_path: Path) -> None:
+    parts = parts_of(config_with(tmp_path))
+    finish(tmp_path / "ppo", parts)
+    assert decided(tmp_path / "ppo", parts, fresh=True).kind == "run"
+
+
+def test_a_finished_step_whose_artifact_was_touched_is_an_error(tmp_path: Path) -> None:
+    parts = parts_of(config_with(tmp_path))
+    finish(tmp_path / "ppo", parts)
+    (tmp_path / "ppo" / "adapter" / "adapter_config.json").write_text("other")
+    with pytest.raises(ArtifactError, match=r"adapter_config\.json differ"):
+        decided(tmp_path / "ppo", parts)
+
+
+def test_a_finished_step_whose_artifact_was_replaced_whole_is_an_error(tmp_path: Path) -> None:
+    parts = parts_of(config_with(tmp_path))
+    result = tmp_path / "ppo" / "result.json"
+    finish(tmp_path / "ppo", parts)
+    kept = result.read_text()
+    finish(tmp_path / "ppo", parts, text="other")
+    result.write_text(kept)
+    with pytest.raises(ArtifactError, match="is not what its stage made"):
+        decided(tmp_path / "ppo", parts)
+
+
+def test_an_unfinished_ppo_is_neither_continued_nor_discarded_unasked(tmp_path: Path) -> None:
+    parts = parts_of(config_with(tmp_path))
+    leave_checkpoint(tmp_path / "ppo", parts)
+    with pytest.raises(UsageError, match=f"update-00010.*{COMMAND} --resume.*{COMMAND} --stage ppo --fresh"):
+        decided(tmp_path / "ppo", parts)
+    with pytest.raises(UsageError, match="unfinished PPO"):
+        refuse_unfinished(tmp_path / "ppo", resume=False, fresh=False, command=COMMAND)
+    assert decided(tmp_path / "ppo", parts, fresh=True).kind == "run"
+    assert (tmp_path / "ppo" / "checkpoints" / "update-00010").is_dir()
+
+
+def test_resume_continues_after_the_newest_whole_checkpoint(tmp_path: Path) -> None:
+    parts = parts_of(config_with(tmp_path))
+    leave_checkpoint(tmp_path / "ppo", parts, update=10)
+    damaged = leave_checkpoint(tmp_path / "ppo", parts, update=20)
+    assert decided(tmp_path / "ppo", parts, resume=True) == Decision("resume", "continues after update 20")
+    (damaged / "state").write_text("cut")
+    assert decided(tmp_path / "ppo", parts, resume=True) == Decision("resume", "continues after update 10")
+
+
+def test_resume_with_only_damaged_checkpoints_is_an_error(tmp_path: Path) -> None:
+    parts = parts_of(config_with(tmp_path))
+    (leave_checkpoint(tmp_path / "ppo", parts) / "state").write_text("cut")
+    with pytest.raises(ArtifactError, match="no checkpoint can be continued from"):
+        decided(tmp_path / "ppo", parts, resume=True)
+
+
+def test_resume_with_nothing_to_resume_simply_runs(tmp_path: Path) -> None:
+    assert decided(tmp_path / "ppo", parts_of(config_with(tmp_path)), resume=True).kind == "run"
+
+
+def test_resume_under_another_config_is_refused_naming_the_change(tmp_path: Path) -> None:
+    leave_checkpoint(tmp_path / "ppo", parts_of(config_with(tmp_path), "ppo"))
+    with pytest.raises(UsageError, match=r"--resume refused, ppo: config ppo\.updates changed \(4 → 6\)"):
+        decided(tmp_path / "ppo", parts_of(config_with(tmp_path, "ppo.updates=6"), "ppo"), resume=True)
+
+
+def test_resume_does_not_overwrite_a_finished_stage_that_changed(tmp_path: Path) -> None:
+    finish(tmp_path / "ppo", parts_of(config_with(tmp_path)))
+    with pytest.raises(UsageError, match=r"--resume refused.*sft\.epochs"):
+        decided(tmp_path / "ppo", parts_of(config_with(tmp_path, "sft.epochs=3")), resume=True)
+
+
+def test_beginning_anew_leaves_only_the_rejects_and_beginning_to_resume_leaves_all(tmp_path: Path) -> None:
+    folder = tmp_path / "ppo"
+    leave_checkpoint(folder, {"a": 1})
+    (folder / "rejects.jsonl").write_text("")
+    begin(folder, {"a": 1}, keep=True)
+    assert (folder / "checkpoints").is_dir()
+    begin(folder, {"a": 2}, keep=False)
+    assert sorted(path.name for path in folder.iterdir()) == ["rejects.jsonl", "started.json"]
+
+
+def test_a_stage_before_its_inputs_names_the_command_to_run_first(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"reward needs the results of sft; first run: {COMMAND} --stage sft"):
+        gather("reward", config_with(tmp_path), tmp_path, base_identity=BASE, command=COMMAND)
+
+
+def test_artifacts_of_another_base_are_refused_naming_both(tmp_path: Path) -> None:
+    config = config_with(tmp_path)
+    finish(tmp_path / "sft", parts_of(config))
+    with pytest.raises(ArtifactError, match=r"was made on base bbbb.*this run's base is cccc"):
+        gather("reward", config, tmp_path, base_identity="c" * 64, command=COMMAND)
+
+
+def test_every_step_gets_the_artifacts_that_earlier_ones_made(tmp_path: Path) -> None:
+    config = config_with(tmp_path)
+    finish(tmp_path / "sft", parts_of(config))
+    finish(tmp_path / "reward", parts_of(config), kinds=("adapter", "head"))
+    finish(tmp_path / "ppo", parts_of(config))
+    found = gather("evaluation", config, tmp_path, base_identity=BASE, command=COMMAND)
+    paths = {name: artifact and artifact.path.relative_to(tmp_path).as_posix() for name, artifact in found.items()}
+    assert paths == {
+        "sft": "sft/adapter", "reward_adapter": "reward/adapter", "reward_head": "reward/head", "policy": "ppo/adapter",
+    }  # fmt: skip
+
+
+def test_without_an_sft_stage_the_sft_artifact_is_none_or_the_one_brought(tmp_path: Path) -> None:
+    config = config_with(tmp_path, "run.stages=[reward, ppo]")
+    assert gather("reward", config, tmp_path, base_identity=BASE, command=COMMAND)["sft"] is None
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "adapter_config.json").write_text("{}")
+    config = config_with(tmp_path, "run.stages=[reward, ppo]", f"sft.adapter={tmp_path / 'mine'}")
+    artifact = gather("reward", config, tmp_path, base_identity=BASE, command=COMMAND)["sft"]
+    assert artifact is not None
+    assert (artifact.stage, artifact.base_identity) == ("brought", "")
+
+
+def test_a_brought_adapter_changes_its_hash_with_its_contents_and_must_be_one(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"sft\.adapter: .* holds no adapter_config\.json"):
+        brought(tmp_path, kind="adapter", key="sft.adapter", base_identity=BASE)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    first = brought(tmp_path, kind="adapter", key="sft.adapter", base_identity=BASE)
+    (tmp_path / "weights").write_text("w")
+    assert brought(tmp_path, kind="adapter", key="sft.adapter", base_identity=BASE).content_hash != first.content_hash
+
+
+def test_a_brought_adapter_of_ours_is_verified_against_the_base(tmp_path: Path) -> None:
+    finish(tmp_path / "sft", {})
+    adapter = tmp_path / "sft" / "adapter"
+    assert brought(adapter, kind="adapter", key="sft.adapter", base_identity=BASE).base_identity == BASE
+    with pytest.raises(ArtifactError, match="was made on base"):
+        brought(adapter, kind="adapter", key="sft.adapter", base_identity="c" * 64)
+
+
+def test_a_brought_reward_adapter_needs_its_head_beside_it(tmp_path: Path) -> None:
+    finish(tmp_path / "reward", {}, kinds=("adapter", "head"))
+    assert brought_head(tmp_path / "reward" / "adapter", base_identity=BASE).kind == "head"
+    with pytest.raises(ArtifactError, match="without its scalar head, which is looked for in"):
+        brought_head(tmp_path / "elsewhere" / "adapter", base_identity=BASE)
+
+
+def test_ppo_without_any_reward_model_is_an_error_and_not_a_zero_reward(tmp_path: Path) -> None:
+    config = config_with(tmp_path)
+    data = StageData((), (), {}, {})
+    with pytest.raises(ArtifactError, match="no reward_adapter"):
+        build_inputs("ppo", config, data, {"sft": None, "reward_adapter": None, "reward_head": None})
+
+
+def test_results_made_from_a_replaced_artifact_no_longer_count(tmp_path: Path) -> None:
+    finish(tmp_path / "sft", {})
+    made = read_finished(tmp_path / "sft")
+    assert made is not None
+    finish(tmp_path / "reward", {"input.sft": made.artifacts[0].content_hash})
+    assert list(current_results(tmp_path, ["sft", "reward"])) == ["sft", "reward"]
+    finish(tmp_path / "sft", {}, text="trained otherwise")
+    assert list(current_results(tmp_path, ["sft", "reward"])) == ["sft"]
+
+
+def test_a_result_of_another_version_is_an_error_and_not_a_crash(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text('{"artifacts": []}')
+    with pytest.raises(ArtifactError, match="not of this version of align"):
+        read_finished(tmp_path)

@@ -1,0 +1,160 @@
+from pathlib import Path
+
+import pytest
+
+from align import settings
+from align.config import Config
+from align.errors import ConfigError
+from tests.align.recipe import write_recipe
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return write_recipe(tmp_path)
+
+
+def message_of(recipe: Path, *overrides: str) -> str:
+    with pytest.raises(ConfigError) as raised:
+        settings.load(recipe, overrides)
+    return str(raised.value)
+
+
+def with_text(recipe: Path, old: str, new: str) -> Path:
+    text = recipe.read_text(encoding="utf-8")
+    assert old in text
+    recipe.write_text(text.replace(old, new), encoding="utf-8")
+    return recipe
+
+
+def test_a_number_with_exponent_and_no_dot_is_a_number(recipe: Path) -> None:
+    assert settings.load(recipe).sft.learning_rate == 1e-4
+    assert settings.load(recipe, ["sft.learning_rate=2e-5"]).sft.learning_rate == 2e-5
+
+
+def test_an_unknown_key_is_told_with_its_line_and_the_nearest_one(recipe: Path) -> None:
+    with_text(recipe, "learning_rate", "learning_rat")
+    assert message_of(recipe) == (f"{recipe}:10: sft.learning_rat: unknown key; did you mean sft.learning_rate?")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("sft.epoch=2", "did you mean sft.epochs?"),
+        ("ppo.episodes=8", "did you mean ppo.rollout.episodes?"),
+        ("learning_rate=1", "did you mean sft.learning_rate or reward.learning_rate"),
+        ("pppo.updates=8", "did you mean ppo.updates?"),
+        ("qqq=1", "the top level knows: run, base"),
+        ("qqq.zzz=1", "the sections are: run, base"),
+    ],
+)
+def test_an_unknown_key_in_an_override_names_what_was_meant(recipe: Path, override: str, expected: str) -> None:
+    message = message_of(recipe, override)
+    assert override in message
+    assert "unknown key" in message
+    assert expected in message
+
+
+def test_a_wrong_value_is_told_with_line_key_and_value(recipe: Path) -> None:
+    with_text(recipe, "1e-4", "-1")
+    assert message_of(recipe) == f"{recipe}:10: sft.learning_rate: -1: input should be greater than 0"
+
+
+def test_a_wrong_value_in_an_override_is_not_blamed_on_the_file(recipe: Path) -> None:
+    message = message_of(recipe, "sft.learning_rate=fast")
+    assert message.startswith("override sft.learning_rate=fast: sft.learning_rate: 'fast':")
+    assert str(recipe) not in message
+
+
+def test_all_wrong_keys_are_told_at_once(recipe: Path) -> None:
+    with_text(recipe, "rank: 2", "rank: 0, alfa: 3")
+    assert [line.split(": ")[1] for line in message_of(recipe).splitlines()] == ["adapters.rank", "adapters.alfa"]
+
+
+def test_a_rule_between_keys_is_told_with_its_section(recipe: Path) -> None:
+    message = message_of(recipe, "ppo.rollout.episodes=7")
+    assert f"{recipe}:11: ppo: rollout.episodes 7 is not a multiple of" in message
+
+
+def test_a_key_that_stands_twice_is_refused(recipe: Path) -> None:
+    with_text(recipe, "  name: small\n", "  name: small\n  name: other\n")
+    assert message_of(recipe) == f"{recipe}:3: run.name stands twice (first in line 2); keep one"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("", "is empty"),
+        ("# nothing\n", "is empty"),
+        ("- a\n", "holds a list"),
+        ("run: [\n", "not valid YAML"),
+        ("run: &a {x: *a}\n", "contains itself"),
+        ("run:\n", "run: is empty; put its keys under it or remove the line"),
+        ("data: {}\n", "run: is missing"),
+        ("1: 2\n", "1: unknown key"),
+    ],
+)
+def test_a_file_that_is_no_config_is_one_message(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text, encoding="utf-8")
+    message = message_of(path)
+    assert str(path) in message
+    assert expected in message
+
+
+def test_a_missing_a_binary_and_a_folder_as_config_are_told(tmp_path: Path) -> None:
+    assert "no such config file" in message_of(tmp_path / "none.yaml")
+    assert "cannot be read" in message_of(tmp_path)
+    (tmp_path / "b.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read" in message_of(tmp_path / "b.yaml")
+
+
+def test_paths_in_the_file_are_relative_to_it_and_those_in_overrides_to_the_current_folder(
+    recipe: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    monkeypatch.chdir(elsewhere)
+    with_text(recipe, "sft:\n  learning_rate", "sft:\n  adapter: mine\n  learning_rate")
+    config = settings.load(recipe, ["data.ppo.train=other.jsonl", "reward.adapter=theirs"])
+    assert config.data.sft is not None
+    assert config.data.sft.train.path == recipe.parent / "demonstrations.jsonl"
+    assert config.sft.adapter == recipe.parent / "mine"
+    assert config.data.ppo is not None
+    assert config.data.ppo.train.path == elsewhere / "other.jsonl"
+    assert config.reward.adapter == elsewhere / "theirs"
+    assert config.run.root == Path("runs")
+
+
+def test_a_base_is_a_folder_only_if_it_is_one_or_looks_like_one(recipe: Path, in_folder: Path) -> None:
+    def base(value: str) -> str:
+        return settings.load(recipe, [f"base.model={value}"]).base.model
+
+    (in_folder / "local").mkdir()
+    assert base("local") == str(in_folder / "local")
+    assert base("./missing") == str(in_folder / "missing")
+    assert base("owner/name") == "owner/name"
+    assert base("embedded") == "embedded"
+
+
+def test_a_sample_of_ours_is_no_path(recipe: Path) -> None:
+    data = settings.load(recipe, ["data.ppo.train=samples:some.jsonl"]).data.ppo
+    assert data is not None
+    assert str(data.train.path) == "samples:some.jsonl"
+
+
+def test_an_override_reaches_into_the_short_form_of_a_source(recipe: Path) -> None:
+    data = settings.load(recipe, ["data.ppo.train.limit=5"]).data.ppo
+    assert data is not None
+    assert data.train.path == recipe.parent / "prompts.jsonl"
+    assert data.train.limit == 5
+
+
+def test_an_override_without_a_value_or_through_a_value_is_refused(recipe: Path) -> None:
+    assert "write section.key=value" in message_of(recipe, "sft.epochs")
+    assert "not a section" in message_of(recipe, "sft=3", "sft.epochs=2")
+
+
+def test_the_dump_reads_back_as_the_same_config(recipe: Path, tmp_path: Path) -> None:
+    config = settings.load(recipe, ["adapters.targets=[q_proj, v_proj]", "ppo.rewards.clip=null"])
+    (tmp_path / "dumped.yaml").write_text(settings.dump(config), encoding="utf-8")
+    assert settings.load(tmp_path / "dumped.yaml") == config
+    assert isinstance(config, Config)

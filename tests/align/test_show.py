@@ -1,0 +1,87 @@
+import io
+
+import pytest
+from rich.console import Console, RenderableType
+
+from align.show import BarDisplay, PlainDisplay, QuietDisplay, summary_view
+from align.status import Status
+
+SUMMARY: dict[str, object] = {
+    "sft": {"nll_before": 3.25, "nll_after": 2.5},
+    "reward": {"accuracy": 0.8, "accuracy_ci95": [0.7, 0.9], "length_baseline_accuracy": 0.55,
+               "length_baseline_ci95": [0.45, 0.65], "margin": 1.5},
+    "eval": {"gold_sft": 0.1, "gold_ppo": 0.4, "gold_gain": 0.3, "gold_gain_ci95": (0.2, 0.4), "score_sft": -1.0,
+             "score_ppo": 1.0, "kl": 3.0, "length_sft": 20, "length_ppo": 21.5, "eos_rate": 0.95, "win_rate": 0.75,
+             "samples": [{"prompt": "Why [bold]?", "sft": "So.", "ppo": "Because\x1b[2J of it."}]},
+    "seconds": {"install_excluded_total": 75.0, "sft": 15.0},
+    "peak_rss_bytes": 2**30,
+}  # fmt: skip
+
+
+def rendered(view: RenderableType) -> str:
+    stream = io.StringIO()
+    Console(file=stream, width=120).print(view)
+    return stream.getvalue()
+
+
+def test_the_table_shows_each_number_beside_its_interval() -> None:
+    text = rendered(summary_view(SUMMARY))
+    for shown in ("3.250", "2.500", "0.550 [0.450, 0.650]", "0.800 [0.700, 0.900]", "0.300 [0.200, 0.400]", "21.500",
+                  "Why [bold]?", "So.", "time 1:15", "1.00 GiB"):  # fmt: skip
+        assert shown in text
+
+
+def test_what_a_model_wrote_cannot_steer_the_terminal() -> None:
+    text = rendered(summary_view(SUMMARY))
+    assert "\x1b" not in text
+    assert "Because\N{REPLACEMENT CHARACTER}[2J of it." in text
+
+
+def test_the_table_of_a_task_without_gold_has_no_gold() -> None:
+    evaluation = {"score_sft": 0.0, "score_ppo": 1.0}
+    text = rendered(summary_view({**SUMMARY, "eval": evaluation}))
+    assert "reward-model score" in text
+    assert "gold" not in text
+
+
+@pytest.mark.parametrize("missing", ["sft", "reward", "eval", "seconds", "peak_rss_bytes"])
+def test_the_table_stands_without_what_has_not_run(missing: str) -> None:
+    assert rendered(summary_view({key: value for key, value in SUMMARY.items() if key != missing}))
+
+
+def status(done: int) -> Status:
+    return Status("ppo", "update [1]", done, 4, started=0.0, updated=2.0, metrics={})
+
+
+def test_without_a_terminal_there_is_a_line_for_a_step_and_not_one_for_each_tick() -> None:
+    stream = io.StringIO()
+    display = PlainDisplay(stream)
+    for step in ("sft", "ppo"):
+        display.step(step, "run (not run yet)")
+        for done in range(4):
+            display.progress(status(done))
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 4
+    assert lines[:2] == ["sft: run (not run yet)", "ppo: update [1], 0/4"]
+
+
+def test_a_terminal_shows_a_bar_with_what_is_done_and_the_pace() -> None:
+    stream = io.StringIO()
+    display = BarDisplay(Console(file=stream, force_terminal=True, width=120))
+    display.step("ppo", "run")
+    display.progress(status(2))
+    display.note("warning: [not markup]")
+    display.close()
+    text = stream.getvalue()
+    assert "2/4" in text
+    assert "1.0/s" in text
+    assert "warning: [not markup]" in text
+
+
+def test_quiet_still_says_warnings_and_says_them_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    display = QuietDisplay()
+    display.step("sft", "run")
+    display.progress(status(1))
+    display.note("60 rows in")
+    display.note("warning: hear this")
+    assert capsys.readouterr() == ("", "warning: hear this\n")
