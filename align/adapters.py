@@ -3,14 +3,16 @@
 `AdaptedModel.role` is the one way to switch: reference, policy, reward and value are settings of the same weights.
 """
 
+import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 import xxhash
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -47,7 +49,7 @@ class AdaptedModel:
 
     @property
     def hidden_size(self) -> int:
-        return self.base.model.get_input_embeddings().weight.shape[1]
+        return int(self.base.model.config.get_text_config().hidden_size)
 
     @property
     def trunk(self) -> nn.Module:
@@ -68,10 +70,11 @@ class AdaptedModel:
 
     def add(self, name: str, *, seed: int = 0, copy_of: str | None = None) -> None:
         """Add a frozen adapter: a copy of another one, or one that changes nothing yet (B = 0, A drawn from `seed`)."""
-        config = self._lora if copy_of is None else self.peft.peft_config[copy_of]
+        config = copy.deepcopy(self._lora if copy_of is None else cast(LoraConfig, self.peft.peft_config[copy_of]))
+        config.inference_mode = False
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stage_seed(seed, name))
-            self._attach(name, LoraConfig(**{**config.to_dict(), "inference_mode": False}))
+            self._attach(name, config)
         if copy_of is not None:
             own, source = self.tensors(name), self.tensors(copy_of)
             for key, tensor in own.items():
@@ -131,7 +134,7 @@ class AdaptedModel:
         if name in self.names:
             raise InvariantError(f"adapter {name} is there already: {self.names}")
         if self._peft is None:
-            self._peft = PeftModel(self.base.model, config, adapter_name=name)  # type: ignore[arg-type]
+            self._peft = PeftModel(self.base.model, config, adapter_name=name)
         else:
             self._peft.add_adapter(name, config)
         self.peft.eval()  # a new adapter's dropout comes in train mode
@@ -144,7 +147,7 @@ class AdaptedModel:
     # ---- roles ----
 
     @contextmanager
-    def role(self, name: str, *, train: bool = False) -> Iterator[None]:
+    def role(self, name: str, *, train: bool = False) -> Generator[None]:
         """Run as one role: adapter `name` active (or RAW_BASE), its parameters the only ones that require grad, and
         they only if `train`. Roles nest; leaving restores the one before.
 
@@ -164,7 +167,7 @@ class AdaptedModel:
             if name != RAW_BASE:
                 raise InvariantError(f"role {name}: no adapter has been added yet")
             return
-        lora = self.peft.base_model
+        lora = cast(LoraModel, self.peft.base_model)
         if name == RAW_BASE:
             lora.disable_adapter_layers()
         else:
@@ -206,7 +209,7 @@ class AdaptedModel:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (..., V) in the base's dtype from hidden states (..., H)."""
-        logits = self.base.model.get_output_embeddings()(hidden)
+        logits = cast(nn.Module, self.base.model.get_output_embeddings())(hidden)
         config = self.base.model.config
         if getattr(config, "logit_scale", None) is not None:  # Cohere
             logits = logits * config.logit_scale
@@ -239,7 +242,7 @@ def _checksum(tensors: "dict[str, nn.Parameter] | dict[str, Tensor]") -> str:
     digest = xxhash.xxh3_128()
     for key, tensor in tensors.items():
         digest.update(key.encode())
-        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

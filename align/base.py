@@ -4,9 +4,10 @@
 the tiny random ones are built once into a cache (`align.embedded`, `align.tiny`).
 """
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from align.artifacts import sha256_of_file, sha256_of_json
 from align.config import BaseModelConfig
@@ -119,10 +120,17 @@ def load_base(config: BaseModelConfig) -> Base:
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
     trust = config.trust_remote_code
+    if trust:
+        logging.getLogger(__name__).warning(
+            "base.trust_remote_code is on: Python code that comes with %s runs on this machine", config.model
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=trust, output_loading_info=True
+        model, info = cast(
+            "tuple[PreTrainedModel, dict[str, list[str]]]",
+            AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=trust, output_loading_info=True
+            ),
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -132,11 +140,11 @@ def load_base(config: BaseModelConfig) -> Base:
         ) from error
     if info["missing_keys"]:  # transformers would go on with random weights
         raise ModelError(
-            f"base.model: the weights in {folder} are not whole: {len(info['missing_keys'])} tensors are missing, first "
-            f"{min(info['missing_keys'])}"
+            f"base.model: the weights in {folder} are not whole: {len(info['missing_keys'])} tensors are "
+            f"missing, first {min(info['missing_keys'])}"
         )
     _loads += 1
-    model.to(device).eval().requires_grad_(False)
+    cast("torch.nn.Module", model).to(device).eval().requires_grad_(False)
     return Base(resolved, model, tokenizer, _eos_ids(model, tokenizer), device, dtype)
 
 

@@ -19,9 +19,9 @@ class Section(BaseModel):
 
 class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder of this run under root")
-    root: Path = Field(Path("runs"), description="relative: under the folder the command is run in")
-    seed: int = Field(0, ge=0, lt=2**31)
-    stages: tuple[StageName, ...] = Field(("sft", "reward", "ppo"), min_length=1)
+    root: Path = Field(default=Path("runs"), description="relative: under the folder the command is run in")
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    stages: tuple[StageName, ...] = Field(default=("sft", "reward", "ppo"), min_length=1)
 
     @model_validator(mode="after")
     def _stages_in_order(self) -> "RunConfig":
@@ -36,28 +36,32 @@ class RunConfig(Section):
 
 
 class BaseModelConfig(Section):
-    model: str = Field("embedded", description="embedded, tiny:llama, tiny:gpt2, tiny:qwen2, a folder, or a hub id")
-    revision: str | None = Field(None, description="of a hub id: a commit, tag or branch")
+    model: str = Field(
+        default="embedded", description="embedded, tiny:llama, tiny:gpt2, tiny:qwen2, a folder, or a hub id"
+    )
+    revision: str | None = Field(default=None, description="of a hub id: a commit, tag or branch")
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     trust_remote_code: bool = False
 
 
 class AdaptersConfig(Section):
-    rank: int = Field(16, ge=1)
-    alpha: float = Field(32.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1, description="in sft and reward; PPO always runs without")
+    rank: int = Field(default=16, ge=1)
+    alpha: float = Field(default=32.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="in sft and reward; PPO always runs without")
     targets: Literal["all-linear", "attention", "mlp"] | tuple[str, ...] = "all-linear"
-    layers: Literal["all"] | Annotated[int, Field(ge=1)] = Field("all", description="all, or the last n")
+    layers: Literal["all"] | Annotated[int, Field(ge=1)] = Field(default="all", description="all, or the last n")
 
 
 class SourceConfig(Section):
-    path: Path | None = Field(None, description="a .jsonl, .jsonl.gz or .parquet file; samples:NAME for our own")
-    hub: str | None = Field(None, description="a hub data set's id")
+    path: Path | None = Field(
+        default=None, description="a .jsonl, .jsonl.gz or .parquet file; samples:NAME for our own"
+    )
+    hub: str | None = Field(default=None, description="a hub data set's id")
     subset: str | None = None
     split: str = "train"
     revision: str | None = None
-    limit: int | None = Field(None, ge=1, description="only the first n rows")
+    limit: int | None = Field(default=None, ge=1, description="only the first n rows")
 
     @model_validator(mode="after")
     def _one_place(self) -> "SourceConfig":
@@ -76,30 +80,36 @@ Source = Annotated[SourceConfig, BeforeValidator(_as_source)]
 class DatasetConfig(Section):
     train: Source
     held_out: Source | None = None
-    held_out_fraction: float = Field(0.05, gt=0, lt=1, description="by hash of the prompt, if held_out is not given")
+    held_out_fraction: float = Field(
+        default=0.05, gt=0, lt=1, description="by hash of the prompt, if held_out is not given"
+    )
 
 
 class DataConfig(Section):
     sft: DatasetConfig | None = None
     reward: DatasetConfig | None = None
     ppo: DatasetConfig | None = None
-    system_prompt: str | None = Field(None, description="states the norms; put before conversations without one")
-    max_reject_rate: float = Field(0.01, ge=0, le=1)
+    system_prompt: str | None = Field(
+        default=None, description="states the norms; put before conversations without one"
+    )
+    max_reject_rate: float = Field(default=0.01, ge=0, le=1)
 
 
 class SupervisedConfig(Section):
     """What SFT and reward training share. batch_size is in rows (pairs for reward) per optimizer step."""
 
-    adapter: Path | None = Field(None, description="a PEFT folder to start from (or to use, if the stage is not run)")
-    epochs: float = Field(1.0, gt=0)
-    batch_size: int = Field(16, ge=1)
-    micro_batch_size: int = Field(8, ge=1)
-    learning_rate: float = Field(2e-4, gt=0)
+    adapter: Path | None = Field(
+        default=None, description="a PEFT folder to start from (or to use, if the stage is not run)"
+    )
+    epochs: float = Field(default=1.0, gt=0)
+    batch_size: int = Field(default=16, ge=1)
+    micro_batch_size: int = Field(default=8, ge=1)
+    learning_rate: float = Field(default=2e-4, gt=0)
     schedule: Schedule = "linear"
-    warmup_fraction: float = Field(0.05, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_gradient_norm: float = Field(1.0, gt=0)
-    max_length: int = Field(1024, ge=8, description="tokens of prompt and response together")
+    warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_gradient_norm: float = Field(default=1.0, gt=0)
+    max_length: int = Field(default=1024, ge=8, description="tokens of prompt and response together")
     gradient_checkpointing: bool = False
 
     @model_validator(mode="after")
@@ -114,67 +124,75 @@ class SFTConfig(SupervisedConfig):
 
 
 class RewardConfig(SupervisedConfig):
-    centering: float = Field(0.01, ge=0, description="weight of (r_chosen + r_rejected)^2; keeps scores near zero")
+    centering: float = Field(
+        default=0.01, ge=0, description="weight of (r_chosen + r_rejected)^2; keeps scores near zero"
+    )
 
 
 class RolloutConfig(Section):
-    episodes: int = Field(64, ge=1, description="an update")
-    temperature: float = Field(1.0, gt=0)
-    top_k: int = Field(0, ge=0, description="0 is off; on, samples leave the distribution that is trained: warned of")
-    top_p: float = Field(1.0, gt=0, le=1, description="1 is off; on, as for top_k")
-    min_response_length: int = Field(0, ge=0, description="EOS is withheld before; as for top_k")
-    max_prompt_length: int = Field(512, ge=1, description="tokens; longer prompts are rejected and counted")
-    max_response_length: int = Field(128, ge=1, description="tokens")
-    batch_size: int = Field(32, ge=1, description="episodes generated side by side")
+    episodes: int = Field(default=64, ge=1, description="an update")
+    temperature: float = Field(default=1.0, gt=0)
+    top_k: int = Field(
+        default=0, ge=0, description="0 is off; on, samples leave the distribution that is trained: warned of"
+    )
+    top_p: float = Field(default=1.0, gt=0, le=1, description="1 is off; on, as for top_k")
+    min_response_length: int = Field(default=0, ge=0, description="EOS is withheld before; as for top_k")
+    max_prompt_length: int = Field(default=512, ge=1, description="tokens; longer prompts are rejected and counted")
+    max_response_length: int = Field(default=128, ge=1, description="tokens")
+    batch_size: int = Field(default=32, ge=1, description="episodes generated side by side")
 
 
 class KLConfig(Section):
-    coefficient: float = Field(0.05, ge=0, description="of the per-token k1 in the reward")
+    coefficient: float = Field(default=0.05, ge=0, description="of the per-token k1 in the reward")
 
 
 class RewardsConfig(Section):
-    normalize: bool = Field(True, description="by the reward model's own mean and spread on SFT samples")
-    clip: float | None = Field(5.0, gt=0, description="of the (normalised) score")
-    missing_eos_penalty: float = Field(1.0, ge=0, description="taken from the score of a response without EOS")
+    normalize: bool = Field(default=True, description="by the reward model's own mean and spread on SFT samples")
+    clip: float | None = Field(default=5.0, gt=0, description="of the (normalised) score")
+    missing_eos_penalty: float = Field(default=1.0, ge=0, description="taken from the score of a response without EOS")
 
 
 class AdvantageConfig(Section):
-    gamma: float = Field(1.0, gt=0, le=1)
-    lam: float = Field(0.95, ge=0, le=1)
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    lam: float = Field(default=0.95, ge=0, le=1)
     whiten: bool = True
 
 
 class CriticConfig(Section):
     kind: Literal["head", "adapter"] = "head"
-    coefficient: float = Field(0.1, ge=0, description="of the value loss")
-    clip: float | None = Field(0.2, gt=0)
-    learning_rate: float | None = Field(None, gt=0, description="of the value head; the optimizer's if not given")
+    coefficient: float = Field(default=0.1, ge=0, description="of the value loss")
+    clip: float | None = Field(default=0.2, gt=0)
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="of the value head; the optimizer's if not given"
+    )
 
 
 class LossConfig(Section):
-    epochs: int = Field(4, ge=1)
-    minibatches: int = Field(4, ge=1)
-    micro_batch_size: int = Field(8, ge=1, description="episodes")
-    clip: float = Field(0.2, gt=0, lt=1)
+    epochs: int = Field(default=4, ge=1)
+    minibatches: int = Field(default=4, ge=1)
+    micro_batch_size: int = Field(default=8, ge=1, description="episodes")
+    clip: float = Field(default=0.2, gt=0, lt=1)
 
 
 class OptimizerConfig(Section):
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
     schedule: Schedule = "linear"
-    warmup_updates: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    warmup_updates: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
-    max_gradient_norm: float = Field(1.0, gt=0)
+    max_gradient_norm: float = Field(default=1.0, gt=0)
 
 
 class GuardConfig(Section):
-    target_kl: float | None = Field(None, gt=0, description="ends an update's epochs when policy/approxkl passes it")
+    target_kl: float | None = Field(
+        default=None, gt=0, description="ends an update's epochs when policy/approxkl passes it"
+    )
 
 
 class PPOConfig(Section):
-    updates: int = Field(100, ge=1)
-    checkpoint_every: int = Field(10, ge=1, description="updates")
-    keep_checkpoints: int = Field(2, ge=1)
+    updates: int = Field(default=100, ge=1)
+    checkpoint_every: int = Field(default=10, ge=1, description="updates")
+    keep_checkpoints: int = Field(default=2, ge=1)
     rollout: RolloutConfig = RolloutConfig()
     kl: KLConfig = KLConfig()
     rewards: RewardsConfig = RewardsConfig()
@@ -196,17 +214,21 @@ class PPOConfig(Section):
 
 
 class EvaluationConfig(Section):
-    prompts: int = Field(64, ge=2, description="held-out prompts at most")
-    samples: int = Field(4, ge=1, description="answers a prompt")
-    gold: Literal["sentiment"] | None = Field(None, description="a known ground truth, where the task has one")
-    show: int = Field(3, ge=0, description="prompts shown with the answer before and after")
+    prompts: int = Field(default=64, ge=2, description="held-out prompts at most")
+    samples: int = Field(default=4, ge=1, description="answers a prompt")
+    gold: Literal["sentiment"] | None = Field(default=None, description="a known ground truth, where the task has one")
+    show: int = Field(default=3, ge=0, description="prompts shown with the answer before and after")
 
 
 class ClusterConfig(Section):
-    address: str = Field("local", description="local: a Ray of our own (in a Ray job: the job's); auto, or host:port")
-    cpus: int | None = Field(None, ge=1, description="of the worker; all that the cluster's node has, if not given")
-    gpus: int | None = Field(None, ge=0, le=1, description="of the worker; one if there is one, if not given")
-    placement_timeout_seconds: float = Field(10.0, gt=0)
+    address: str = Field(
+        default="local", description="local: a Ray of our own (in a Ray job: the job's); auto, or host:port"
+    )
+    cpus: int | None = Field(
+        default=None, ge=1, description="of the worker; all that the cluster's node has, if not given"
+    )
+    gpus: int | None = Field(default=None, ge=0, le=1, description="of the worker; one if there is one, if not given")
+    placement_timeout_seconds: float = Field(default=10.0, gt=0)
 
 
 class TrackingConfig(Section):

@@ -2,6 +2,7 @@
 file, so that a first run needs no model hub. Checked by SHA-256 and converted once into a cache."""
 
 import importlib.util
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -49,7 +50,7 @@ def convert_embedded(gguf: Path, identity: str) -> Path:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    print("converting the embedded SmolLM2-135M-Instruct once (some 20 s) ...", flush=True)
+    logging.getLogger(__name__).info("converting the embedded SmolLM2-135M-Instruct once (some 20 s)")
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     temporary.mkdir(parents=True)
     try:

@@ -6,7 +6,7 @@ input-grad hook, sets use_cache and train mode; its RewardTrainer sets every ada
 
 import copy
 import random
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -69,7 +69,7 @@ def restore(model: nn.Module, state: ModelState) -> None:
 
 
 @contextmanager
-def lent(model: nn.Module) -> Iterator[None]:
+def lent(model: nn.Module) -> Generator[None]:
     """While inside, a trainer may do with the model as it likes; afterwards all but the trained weights is as before.
 
     The global random states are put back too: trainers seed them.

@@ -7,12 +7,13 @@ positions, no chat template, one special token), qwen2 (biases, ChatML, two EOS 
 import os
 import shutil
 from pathlib import Path
+from typing import cast
 
 from align.embedded import cache_folder
 from align.errors import ModelError
 
 SHAPES = ("llama", "gpt2", "qwen2")
-_VERSION = "2"  # part of the cache's name: raise it when what is built changes
+_VERSION = "3"  # part of the cache's name: raise it when what is built changes
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -43,15 +44,17 @@ def build_tiny(shape: str, folder: Path, *, seed: int = 0) -> None:
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
     tokenizer = _tokenizer(shape)
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    size = {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
-    wide = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     if shape == "gpt2":
-        config = GPT2Config(vocab_size=len(tokenizer), n_positions=512, n_embd=32, n_layer=2, n_head=4, **ids)
-    elif shape == "qwen2":
-        config = Qwen2Config(**size, **wide, num_key_value_heads=2, tie_word_embeddings=True, **ids)
+        config = GPT2Config(n_positions=512, n_embd=32, n_layer=2, n_head=4)
     else:
-        config = LlamaConfig(**size, **wide, num_key_value_heads=2, **ids)
+        config = LlamaConfig() if shape == "llama" else Qwen2Config(tie_word_embeddings=True)
+        config.hidden_size, config.intermediate_size, config.max_position_embeddings = 32, 64, 512
+        config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads = 2, 4, 2
+        config.head_dim = 8
+        config.layer_types = ["full_attention"] * 2
+    config.vocab_size = len(tokenizer)
+    config.eos_token_id, config.bos_token_id = cast(int, tokenizer.eos_token_id), None
+    config.pad_token_id = cast("int | None", tokenizer.pad_token_id)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

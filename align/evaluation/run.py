@@ -79,9 +79,7 @@ def _answer(
     context: StageContext,
 ) -> Answers:
     sampling = inputs.sampling
-    uniforms = keyed_uniforms(
-        context.seed, "evaluation", 0, list(range(len(prompts))), sampling.max_response_length
-    )
+    uniforms = keyed_uniforms(context.seed, "evaluation", 0, list(range(len(prompts))), sampling.max_response_length)
     with model.role(role):
         responses = generate(model, codec, prompts, sampling=sampling, uniforms_BT=uniforms)
     scores, kls = [0.0] * len(prompts), [0.0] * len(prompts)

@@ -1,5 +1,6 @@
 """What PPO trains, and its state on disk: the policy adapter, the critic, the optimizer."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -89,12 +90,15 @@ class ActorCritic:
 
     def save(self, folder: Path, *, step: int) -> tuple[Artifact, ...]:
         """Write adapter/ (the policy), head/ (the value head) and, for an adapter critic, value_adapter/."""
-        own = {"stage": "ppo", "step": step, "base_identity": self._model.base_identity}
+
+        def write(name: str, kind: str, fill: Callable[[Path], None]) -> Artifact:
+            base = self._model.base_identity
+            return write_directory(folder / name, fill, kind=kind, stage="ppo", step=step, base_identity=base)
+
         artifacts = [
-            write_directory(folder / "adapter", lambda path: self._model.save(POLICY, path), kind="adapter", **own),
-            write_directory(folder / "head", lambda path: save_head(self.value_head, path), kind="head", **own),
+            write("adapter", "adapter", lambda path: self._model.save(POLICY, path)),
+            write("head", "head", lambda path: save_head(self.value_head, path)),
         ]
         if self.critic_is_adapter:
-            fill = lambda path: self._model.save(VALUE, path)  # noqa: E731
-            artifacts.append(write_directory(folder / "value_adapter", fill, kind="value_adapter", **own))
+            artifacts.append(write("value_adapter", "value_adapter", lambda path: self._model.save(VALUE, path)))
         return tuple(artifacts)

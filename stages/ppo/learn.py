@@ -84,13 +84,11 @@ def _learn_minibatch(
                 out.logprobs_BT, mb.logprobs_BT, lesson.advantages[i], clip=config.loss.clip
             )
             policy_loss = objective.masked_mean(policy_BT, mask_BT)
-            values_BT = out.values_BT
-            loss = policy_loss
-            if values_BT is not None:
-                value_loss = _value_loss(values_BT, lesson, i, config)
-                loss = loss + config.critic.coefficient * value_loss
-            _backward(loss * share)
-        if learner.critic_is_adapter:
+            value_loss = torch.zeros((), device=model.device)
+            if out.values_BT is not None:
+                value_loss = _value_loss(out.values_BT, lesson, i, config)
+            _backward((policy_loss + config.critic.coefficient * value_loss) * share)
+        if out.values_BT is None:
             with model.role(VALUE, train=True):
                 values_BT = value_pass(model, learner.value_head, mb.batch)
                 value_loss = _value_loss(values_BT, lesson, i, config)

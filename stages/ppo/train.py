@@ -1,6 +1,8 @@
 """PPO on the resident base. `run_ppo` is the loop: roll out, score, shape, advantages, update, log, checkpoint."""
 
+import logging
 import time
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -37,6 +39,7 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
     frozen = {name: model.checksum(name) for name in (REFERENCE, REWARD)}
     sampling = sampling_of(config)
     beta = config.kl.coefficient
+    _warn_of_truncation(config)
 
     for update in range(first_update, config.updates):
         clock = [time.perf_counter()]
@@ -81,8 +84,10 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
         step = update + 1
         metrics = {**describe(rollout, lesson, shaped, beta), **learnt, "optimizer/learning_rate": rate}
         tracker.log(step, {"episode": step * len(episodes), **metrics})
-        seconds = dict(zip(("generate", "score", "learn"), (b - a for a, b in zip(clock, clock[1:])), strict=True))
-        tracker.log_timing(step, {f"seconds/{name}": value for name, value in seconds.items()})
+        seconds = [after - before for before, after in pairwise(clock)]
+        tracker.log_timing(
+            step, dict(zip(("seconds/generate", "seconds/score", "seconds/learn"), seconds, strict=True))
+        )
         if step % config.checkpoint_every == 0 and step < config.updates:
             save_checkpoint(
                 context.folder / "checkpoints",
@@ -108,6 +113,20 @@ def sampling_of(config: PPOConfig) -> Sampling:
         top_p=rollout.top_p,
         min_response_length=rollout.min_response_length,
     )
+
+
+def _warn_of_truncation(config: PPOConfig) -> None:
+    rollout = config.rollout
+    on = [
+        name
+        for name, off in (("top_k", 0), ("top_p", 1.0), ("min_response_length", 0))
+        if getattr(rollout, name) != off
+    ]
+    if on:
+        logging.getLogger(__name__).warning(
+            "ppo.rollout: %s: samples leave the distribution that logprobs and KL are taken of, so both are biased",
+            ", ".join(on),
+        )
 
 
 def load_frozen_roles(

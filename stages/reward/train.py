@@ -7,8 +7,8 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PrinterCallback
-from trl import RewardConfig as TRLConfig
-from trl import RewardTrainer
+from trl.trainer.reward_config import RewardConfig as TRLConfig
+from trl.trainer.reward_trainer import RewardTrainer
 
 from align.adapters import AdaptedModel
 from align.artifacts import write_directory
@@ -69,10 +69,16 @@ def run_reward(config: RewardConfig, inputs: RewardInputs, context: StageContext
 
     own = {"stage": "reward", "step": steps, "base_identity": model.base_identity}
     adapter = write_directory(
-        context.folder / "adapter", lambda path: model.save(REWARD, path), kind="adapter", **own  # type: ignore[arg-type]
+        context.folder / "adapter",
+        lambda path: model.save(REWARD, path),
+        kind="adapter",
+        **own,  # type: ignore[arg-type]
     )
     saved_head = write_directory(
-        context.folder / "head", lambda path: save_head(head, path, statistics), kind="head", **own  # type: ignore[arg-type]
+        context.folder / "head",
+        lambda path: save_head(head, path, statistics),
+        kind="head",
+        **own,  # type: ignore[arg-type]
     )
     metrics = {**_held_out_metrics(chosen_B, rejected_B, train, held_out), "steps": steps}
     metrics |= {"score_mean": statistics.mean, "score_std": statistics.std}
@@ -170,7 +176,7 @@ def measure_scale(
 def _held_out_metrics(
     chosen_B: Tensor, rejected_B: Tensor, train: list[TokenizedComparison], held_out: list[TokenizedComparison]
 ) -> dict[str, object]:
-    """Accuracy and margin, and what a rule that sees only the lengths would reach (its direction from the train set)."""
+    """Accuracy and margin, and those of a rule that sees only the lengths (its direction is from the train set)."""
 
     def right(rows: list[TokenizedComparison], *, longer_wins: bool) -> float:
         lengths = [len(r.chosen_ids) for r in rows], [len(r.rejected_ids) for r in rows]

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback
-from trl import SFTConfig as TRLConfig
-from trl import SFTTrainer
+from trl.trainer.sft_config import SFTConfig as TRLConfig
+from trl.trainer.sft_trainer import SFTTrainer
 
 from align.adapters import AdaptedModel
 from align.artifacts import write_directory
@@ -92,7 +92,7 @@ def held_out_nll(model: AdaptedModel, rows: list[TokenizedDemonstration], *, bat
         for group in length_sorted_batches([len(row.ids) for row in rows], batch_size):
             ids_BS, is_token_BS = right_pad([rows[i].ids for i in group], pad_id, model.device)
             is_learnt_BS, _ = right_pad([rows[i].is_response for i in group], 0, model.device)
-            at_B, at_S = is_learnt_BS.nonzero(as_tuple=True)
-            hidden_NH = model.hidden(ids_BS, is_token_BS)[at_B, at_S - 1]
-            logprobs.append(token_logprobs(model, hidden_NH, ids_BS[at_B, at_S], 1.0, with_entropy=False)[0])
+            at_B, before_S = is_learnt_BS[:, 1:].nonzero(as_tuple=True)  # nothing predicts a row's first token
+            hidden_NH = model.hidden(ids_BS, is_token_BS)[at_B, before_S]
+            logprobs.append(token_logprobs(model, hidden_NH, ids_BS[at_B, before_S + 1], 1.0, with_entropy=False)[0])
     return negative_log_likelihood(torch.cat(logprobs)).item()
