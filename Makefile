@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-gpu lint wheel clean
+.PHONY: help venv quickstart test test-gpu bars lint wheel clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is:"
@@ -31,6 +31,9 @@ test: venv ## the tests that need no GPU and little time
 
 test-gpu: venv ## the tests that need a GPU
 	$(BIN)/pytest -m gpu
+
+bars: venv ## the quickstart over three seeds, held against its bars (some 40 minutes)
+	$(BIN)/python -m tests.benchmarks quickstart
 
 lint: venv ## ruff, pyright, and the import ladder
 	$(BIN)/ruff check

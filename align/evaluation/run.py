@@ -1,5 +1,6 @@
 """Did alignment work? SFT and PPO answer the same held-out prompts with the same keyed uniforms, side by side."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -7,7 +8,7 @@ import torch
 
 from align.adapters import AdaptedModel
 from align.config import EvaluationConfig
-from align.context import EvaluationInputs, StageContext, StageResult
+from align.context import EvaluationInputs, Sampling, StageContext, StageResult
 from align.episodes import Episode, collate, policy_pass, score_pass
 from align.evaluation.gold import base_nll, gold_score
 from align.generation import generate
@@ -50,11 +51,15 @@ def run_evaluation(config: EvaluationConfig, inputs: EvaluationInputs, context: 
     head, _ = load_head(inputs.reward_head.path, device=model.device)
 
     ids = [prompt.ids for prompt in prompts for _ in range(config.samples)]
-    sides = {}
+    judge = Judge(model, codec, head, inputs.sampling, context.seed, has_gold=config.gold is not None)
+    sides: dict[str, Answers] = {}
     for number, (side, role) in enumerate(_ROLES.items()):
-        tracker.progress(number, len(_ROLES), f"answers of {side}")
-        sides[side] = _answer(role, ids, model, codec, head, config, inputs, context)
-    tracker.progress(len(_ROLES), len(_ROLES), "answers")
+
+        def on_progress(done: int, total: int, number: int = number) -> None:
+            tracker.progress(number * total + done, len(_ROLES) * total, "answering held-out prompts")
+
+        on_progress(0, len(ids))
+        sides[side] = answer(judge, role, ids, on_progress)
     metrics = compare(sides["sft"], sides["ppo"], samples=config.samples, seed=context.seed)
     metrics["samples"] = [
         {
@@ -67,21 +72,26 @@ def run_evaluation(config: EvaluationConfig, inputs: EvaluationInputs, context: 
     return StageResult("evaluation", (), metrics, account)
 
 
+@dataclass(frozen=True)
+class Judge:
+    """All that answers are drawn and judged with, the same for both sides."""
+
+    model: AdaptedModel
+    codec: Codec
+    reward_head: ScalarHead
+    sampling: Sampling
+    seed: int
+    has_gold: bool
+
+
 @torch.no_grad()
-def _answer(
-    role: str,
-    prompts: list[tuple[int, ...]],
-    model: AdaptedModel,
-    codec: Codec,
-    head: ScalarHead,
-    config: EvaluationConfig,
-    inputs: EvaluationInputs,
-    context: StageContext,
-) -> Answers:
-    sampling = inputs.sampling
-    uniforms = keyed_uniforms(context.seed, "evaluation", 0, list(range(len(prompts))), sampling.max_response_length)
+def answer(judge: Judge, role: str, prompts: list[tuple[int, ...]], on_progress: Callable[[int, int], None]) -> Answers:
+    """One answer of `role` to each prompt, and what reference, reward model, raw base and gold say of it."""
+    model, codec, sampling = judge.model, judge.codec, judge.sampling
+    numbers = list(range(len(prompts)))
+    uniforms = keyed_uniforms(judge.seed, "evaluation", 0, numbers, sampling.max_response_length)
     with model.role(role):
-        responses = generate(model, codec, prompts, sampling=sampling, uniforms_BT=uniforms)
+        responses = generate(model, codec, prompts, sampling=sampling, uniforms_BT=uniforms, on_progress=on_progress)
     scores, kls = [0.0] * len(prompts), [0.0] * len(prompts)
     lengths = [len(p) + len(r.ids) for p, r in zip(prompts, responses, strict=True)]
     for group in length_sorted_batches(lengths, sampling.batch_size):
@@ -92,12 +102,12 @@ def _answer(
         with model.role("sft"):
             ref_BT = policy_pass(model, batch, temperature=sampling.temperature).logprobs_BT
         with model.role(_REWARD):
-            scores_B = score_pass(model, head, batch)
+            scores_B = score_pass(model, judge.reward_head, batch)
         for i, kl, one in zip(group, (own_BT - ref_BT).sum(-1).tolist(), scores_B.tolist(), strict=True):
             kls[i], scores[i] = kl, one
     texts = [decode_response(codec, r.ids).strip() for r in responses]
     nlls = base_nll(model, codec, prompts, [r.ids for r in responses])
-    golds = [gold_score(text, nll) for text, nll in zip(texts, nlls, strict=True)] if config.gold else []
+    golds = [gold_score(text, nll) for text, nll in zip(texts, nlls, strict=True)] if judge.has_gold else []
     ended = [float(r.has_eos) for r in responses]
     return Answers(texts, scores, nlls, golds, kls, [float(len(r.ids)) for r in responses], ended)
 
