@@ -22,6 +22,7 @@ class Episode:
     prompt_ids: tuple[int, ...]
     response_ids: tuple[int, ...]  # EOS included where the response ended
     has_eos: bool
+    sampler_logprobs: tuple[float, ...] = ()  # of the response's tokens, where a sampler of ours drew them
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ values and scores come from no-grad passes over the very batches that are learnt
 first minibatch's ratio is 1 and the first KL is 0 in every dtype.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from align.adapters import AdaptedModel
 from align.context import Sampling
 from align.episodes import Episode, EpisodeBatch, collate, policy_pass, score_pass, value_pass
-from align.generation import Response, generate
+from align.generation import generate
 from align.heads import ScalarHead
 from align.randomness import keyed_uniforms, permutation
 from data.batching import length_sorted_batches
@@ -24,6 +23,13 @@ REFERENCE = "sft"  # the frozen sft adapter; adapters switched off would be the 
 POLICY = "policy"
 REWARD = "reward"
 VALUE = "value"
+
+
+@dataclass(frozen=True)
+class Heads:
+    reward: ScalarHead
+    value: ScalarHead
+    critic_is_adapter: bool  # else the value head sits on the policy's trunk
 
 
 @dataclass(frozen=True)
@@ -67,36 +73,30 @@ def generate_episodes(
     sampling: Sampling,
     seed: int,
     update: int,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> tuple[list[Episode], list[Response]]:
+) -> list[Episode]:
     """One response of the policy to each prompt."""
     numbers = list(range(update * len(prompts), (update + 1) * len(prompts)))
     uniforms_BT = keyed_uniforms(seed, "sample", update, numbers, sampling.max_response_length)
     with model.role(POLICY):
-        responses = generate(model, codec, prompts, sampling=sampling, uniforms_BT=uniforms_BT, on_progress=on_progress)
-    episodes = [Episode(p, r.ids, r.has_eos) for p, r in zip(prompts, responses, strict=True)]
-    return episodes, responses
+        responses = generate(model, codec, prompts, sampling=sampling, uniforms_BT=uniforms_BT)
+    return [Episode(p, r.ids, r.has_eos, r.logprobs) for p, r in zip(prompts, responses, strict=True)]
 
 
 @torch.no_grad()
 def look(
     model: AdaptedModel,
     episodes: list[Episode],
-    responses: list[Response],
+    heads: Heads,
     *,
     micro_batch_size: int,
     temperature: float,
     pad_id: int,
-    reward_head: ScalarHead,
-    value_head: ScalarHead,
-    critic_is_adapter: bool,
 ) -> Rollout:
     """Compose the micro-batches and let policy, reference, reward and value each look at them."""
     lengths = [len(e.prompt_ids) + len(e.response_ids) for e in episodes]
-    groups = length_sorted_batches(lengths, micro_batch_size)
-    micro_batches = []
-    gaps = []
-    for group in groups:
+    micro_batches: list[MicroBatch] = []
+    gaps: list[Tensor] = []
+    for group in length_sorted_batches(lengths, micro_batch_size):
         chosen = [episodes[i] for i in group]
         batch = collate(chosen, pad_id=pad_id, device=model.device)
         with model.role(POLICY):
@@ -104,17 +104,17 @@ def look(
                 model,
                 batch,
                 temperature=temperature,
-                value_head=None if critic_is_adapter else value_head,
+                value_head=None if heads.critic_is_adapter else heads.value,
                 with_entropy=True,
             )
         with model.role(REFERENCE):
             reference = policy_pass(model, batch, temperature=temperature)
         with model.role(REWARD):
-            scores_B = score_pass(model, reward_head, batch)
+            scores_B = score_pass(model, heads.reward, batch)
         values_BT = policy.values_BT
-        if critic_is_adapter:
+        if heads.critic_is_adapter:
             with model.role(VALUE):
-                values_BT = value_pass(model, value_head, batch)
+                values_BT = value_pass(model, heads.value, batch)
         assert policy.entropy_BT is not None
         assert values_BT is not None
         micro_batches.append(
@@ -129,7 +129,7 @@ def look(
                 scores_B=scores_B,
             )
         )
-        sampled = torch.tensor([x for i in group for x in responses[i].logprobs], device=model.device)
+        sampled = torch.tensor([x for e in chosen for x in e.sampler_logprobs], device=model.device)
         gaps.append((policy.logprobs_BT[batch.is_response_BT] - sampled).abs())
     gap = torch.cat(gaps)
     return Rollout(tuple(micro_batches), gap.max().item(), gap.mean().item())

@@ -17,7 +17,7 @@ from data.tokenization import encode_prompts
 from stages.ppo import objective
 from stages.ppo.actor_critic import ActorCritic
 from stages.ppo.learn import Lesson, estimate, learn, ratio_tolerance
-from stages.ppo.rollout import REFERENCE, REWARD, Rollout, generate_episodes, look, prompt_indices
+from stages.ppo.rollout import REFERENCE, REWARD, Heads, Rollout, generate_episodes, look, prompt_indices
 
 
 def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> StageResult:
@@ -35,6 +35,7 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
     reward_head, statistics = load_frozen_roles(inputs, model, seed=context.seed)
     scale = statistics if config.rewards.normalize else ScoreStatistics(0.0, 1.0, 0)
     learner = ActorCritic(model, reward_head, scale, config.critic, config.optimizer)
+    heads = Heads(reward_head, learner.value_head, learner.critic_is_adapter)
     first_update, kept, notes = _resume(learner, context)
     frozen = {name: model.checksum(name) for name in (REFERENCE, REWARD)}
     sampling = sampling_of(config)
@@ -48,23 +49,19 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
         tracker.progress(update, config.updates, doing)
 
         # Roll out
-        chosen = prompt_indices(context.seed, update, num_episodes=config.rollout.episodes, num_prompts=len(prompts))
-        episodes, responses = generate_episodes(
-            model, codec, [prompts[i] for i in chosen], sampling=sampling, seed=context.seed, update=update
-        )
+        numbers = prompt_indices(context.seed, update, num_episodes=config.rollout.episodes, num_prompts=len(prompts))
+        chosen = [prompts[i] for i in numbers]
+        episodes = generate_episodes(model, codec, chosen, sampling=sampling, seed=context.seed, update=update)
         clock.append(time.perf_counter())
 
         # Score: the policy, the reference, the reward model and the critic look at the same micro-batches
         rollout = look(
             model,
             episodes,
-            responses,
+            heads,
             micro_batch_size=config.loss.micro_batch_size,
             temperature=sampling.temperature,
             pad_id=codec.pad_id,
-            reward_head=reward_head,
-            value_head=learner.value_head,
-            critic_is_adapter=learner.critic_is_adapter,
         )
         clock.append(time.perf_counter())
         if update == 0:
