@@ -55,6 +55,9 @@ def trainer_arguments(config: SupervisedConfig, context: StageContext, folder: P
         "warmup_steps": config.warmup_fraction,  # below 1 it is a share of all steps
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_gradient_norm,
+        "train_sampling_strategy": "group_by_length",  # rows of like length together: a quarter less padding
+        "length_column_name": "length",
+        "remove_unused_columns": False,  # or the column of lengths would go before it is used
         "max_length": None,  # rows are cut by us: TRL drops or cuts without counting
         "bf16": False,  # no autocast: the base has its dtype, adapters and heads are float32
         "gradient_checkpointing": config.gradient_checkpointing,

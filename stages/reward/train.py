@@ -91,7 +91,12 @@ def _train(
     """Let RewardTrainer train the active adapter and the head; returns the optimizer steps."""
     model = context.model
     rows = [
-        {"chosen_ids": [*r.prompt_ids, *r.chosen_ids], "rejected_ids": [*r.prompt_ids, *r.rejected_ids]} for r in train
+        {
+            "chosen_ids": [*r.prompt_ids, *r.chosen_ids],
+            "rejected_ids": [*r.prompt_ids, *r.rejected_ids],
+            "length": len(r.prompt_ids) + max(len(r.chosen_ids), len(r.rejected_ids)),
+        }
+        for r in train
     ]
     with (
         lent(model.base.model),

@@ -78,10 +78,10 @@ def run_sft(config: SFTConfig, inputs: SFTInputs, context: StageContext) -> Stag
     return StageResult("sft", (artifact,), metrics, account)
 
 
-def _labelled(row: TokenizedDemonstration) -> dict[str, list[int]]:
+def _labelled(row: TokenizedDemonstration) -> dict[str, list[int] | int]:
     """TRL's tokenized row: −100 where nothing is learnt."""
     labels = [token if learnt else -100 for token, learnt in zip(row.ids, row.is_response, strict=True)]
-    return {"input_ids": list(row.ids), "labels": labels}
+    return {"input_ids": list(row.ids), "labels": labels, "length": len(row.ids)}
 
 
 @torch.no_grad()
