@@ -1,0 +1,105 @@
+"""What a stage is called with, on tiny models and without Ray: contexts, records, artifacts made by hand."""
+
+import json
+from pathlib import Path
+
+import torch
+
+from align.adapters import AdaptedModel
+from align.artifacts import Artifact, sha256_of_file, write_directory
+from align.config import PPOConfig
+from align.context import PPOInputs, Sampling, StageContext
+from align.heads import ScalarHead, ScoreStatistics, save_head
+from align.randomness import stage_seed
+from align.tracking import Tracker
+from data.records import Comparison, Demonstration, Message, Prompt
+from tests.resident import with_adapters
+
+SAMPLING = Sampling(temperature=1.0, max_response_length=6, max_prompt_length=200, batch_size=8)
+
+
+def context_of(
+    model: AdaptedModel, root: Path, stage: str, *, seed: int = 0, resume: bool = False, max_reject_rate: float = 0.0
+) -> StageContext:
+    folder = root / stage
+    tracker = Tracker(folder, stage=stage, resume=resume)
+    return StageContext(model, tracker, folder, stage_seed(seed, stage), None, max_reject_rate, resume)
+
+
+def asked(text: str) -> tuple[Message, ...]:
+    return (Message("user", text),)
+
+
+def demonstration(question: str, answer: str) -> Demonstration:
+    return Demonstration((*asked(question), Message("assistant", answer)), f"test:{question}")
+
+
+def demonstrations(count: int, answer: str = "yes") -> tuple[Demonstration, ...]:
+    return tuple(demonstration(f"q{i}", answer) for i in range(count))
+
+
+def comparisons(count: int, *, chosen: str = "good", rejected: str = "bad", start: int = 0) -> tuple[Comparison, ...]:
+    numbers = range(start, start + count)
+    return tuple(Comparison(asked(f"q{i}"), f"{chosen} {i}", f"{rejected} {i}", f"test:{i}") for i in numbers)
+
+
+def prompts(count: int) -> tuple[Prompt, ...]:
+    return tuple(Prompt(asked(f"say {'a' * i}"), f"test:{i}") for i in range(count))
+
+
+def ppo_config(**sections: object) -> PPOConfig:
+    """Three small updates of 8 episodes: 2 minibatches of 2 micro-batches of 2."""
+    small: dict[str, object] = {
+        "updates": 3,
+        "checkpoint_every": 1,
+        "keep_checkpoints": 9,
+        "rollout": {"episodes": 8, "max_response_length": 6, "batch_size": 4, "max_prompt_length": 200},
+        "loss": {"epochs": 2, "minibatches": 2, "micro_batch_size": 2},
+        "rewards": {"missing_eos_penalty": 0.1},
+        "optimizer": {"learning_rate": 1e-2},
+    }
+    for name, section in sections.items():
+        own = small.get(name)
+        small[name] = {**own, **section} if isinstance(own, dict) and isinstance(section, dict) else section
+    return PPOConfig.model_validate(small)
+
+
+def ppo_inputs(
+    root: Path,
+    shape: str = "llama",
+    *,
+    statistics: ScoreStatistics | None = ScoreStatistics(0.5, 2.0, 8),
+    sft: bool = True,
+) -> PPOInputs:
+    """Artifacts as SFT and reward training would leave them, with random weights, and ten prompts."""
+    made = with_adapters(shape, "sft", "reward")
+
+    def write(stage: str, kind: str, fill: object) -> Artifact:
+        path = root / "made" / stage / kind
+        return write_directory(path, fill, kind=kind, stage=stage, step=1, base_identity=made.base_identity)  # type: ignore[arg-type]
+
+    head = ScalarHead(made.hidden_size).initialize(1)
+    return PPOInputs(
+        sft=write("sft", "adapter", lambda path: made.save("sft", path)) if sft else None,
+        reward_adapter=write("reward", "adapter", lambda path: made.save("reward", path)),
+        reward_head=write("reward", "head", lambda path: save_head(head, path, statistics)),
+        prompts=prompts(10),
+    )
+
+
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """Of all that must be reproducible in a stage's folder: not of clocks, and not of checkpoints."""
+    return {
+        path.relative_to(folder).as_posix(): sha256_of_file(path)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "timings.jsonl" and "checkpoints" not in path.parts
+    }
+
+
+def nudge(tensor: torch.Tensor) -> None:
+    """Change a weight enough for any check to see it."""
+    tensor.data.view(-1)[0] += 0.5
