@@ -1,0 +1,73 @@
+"""Stages that only write what a stage writes, with tricks for the tests of the driver. They run in a Ray worker."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from align.artifacts import Artifact, write_directory
+from align.context import StageContext, StageResult
+from align.errors import InvariantError
+
+
+def fake_sft(config: Any, inputs: Any, context: StageContext) -> StageResult:
+    assert inputs.train
+    assert inputs.held_out
+    context.tracker.progress(0, 1, "pretending")
+    context.tracker.log(1, {"loss": 0.5})
+    artifact = _write(context, "adapter", str(config.learning_rate))
+    return StageResult(
+        "sft", (artifact,), {"nll_before": 2.0, "nll_after": 1.0, "seed": context.seed}, notes=("a note",)
+    )
+
+
+def fake_reward(config: Any, inputs: Any, context: StageContext) -> StageResult:
+    assert inputs.sft is not None
+    artifacts = (_write(context, "adapter", inputs.sft.content_hash), _write(context, "head", "h"))
+    return StageResult("reward", artifacts, {"accuracy": 0.9})
+
+
+def fake_ppo(config: Any, inputs: Any, context: StageContext) -> StageResult:
+    started_at = 2 if context.resume else 0
+    return StageResult("ppo", (_write(context, "adapter", "p"),), {"first_update": started_at})
+
+
+def fake_evaluation(config: Any, inputs: Any, context: StageContext) -> StageResult:
+    return StageResult("evaluation", (), {"prompts": len(inputs.prompts), "policy": inputs.policy.stage})
+
+
+def failing_invariant(config: Any, inputs: Any, context: StageContext) -> StageResult:
+    raise InvariantError("the ratio is 3")
+
+
+def failing_somehow(config: Any, inputs: Any, context: StageContext) -> StageResult:
+    raise LookupError("no such luck")
+
+
+def dying(config: Any, inputs: Any, context: StageContext) -> StageResult:
+    os._exit(7)
+
+
+def touching_the_base(config: Any, inputs: Any, context: StageContext) -> StageResult:
+    weight = next(context.model.base.model.parameters())
+    weight.data.view(-1)[0] += 1e-3
+    return fake_sft(config, inputs, context)
+
+
+def stopping_half_way(config: Any, inputs: Any, context: StageContext) -> StageResult:
+    _write(context, "checkpoint", "c", name="checkpoints/update-00002")
+    raise KeyboardInterrupt
+
+
+def _write(context: StageContext, kind: str, text: str, *, name: str | None = None) -> Artifact:
+    path = context.folder / (name or kind)
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+    def fill(folder: Path) -> None:
+        (folder / "content").write_text(text)
+
+    return write_directory(
+        path, fill, kind=kind, stage=context.folder.name, step=2, base_identity=context.model.base_identity
+    )
+
+
+STAGES = {"sft": fake_sft, "reward": fake_reward, "ppo": fake_ppo, "evaluation": fake_evaluation}

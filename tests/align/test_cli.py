@@ -1,0 +1,104 @@
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from align import __version__
+from tests.align.recipe import write_recipe, write_rows
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "ray", "datasets", "transformers", "peft", "trl")
+
+
+def align(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, which at its end says on stderr what heavy modules it loaded."""
+    code = (
+        f"import sys, atexit; sys.path.append({str(ROOT)!r}); from align.cli import main\n"
+        f"atexit.register(lambda: [print('LOADED', m, file=sys.stderr) for m in {HEAVY} if m in sys.modules])\n"
+        "main()"
+    )
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    return write_recipe(tmp_path)
+
+
+def test_check_says_what_it_looked_at_and_loads_nothing_heavy(recipe: Path) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    finished = align("check", recipe, "base.model=owner/name")
+    assert finished.returncode == 0, finished.stderr
+    assert "data.reward.train" in finished.stdout
+    assert "20 rows in, 20 kept" in finished.stdout
+    assert "not checked" in finished.stdout
+    assert finished.stderr == ""
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)  # CPU time: a busy machine does not count
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+
+
+def test_check_as_json_holds_the_findings(recipe: Path) -> None:
+    content = json.loads(align("check", recipe, "--json").stdout)
+    assert content["ok"] is True
+    assert {finding["what"]: finding["verdict"] for finding in content["findings"]} == {
+        "base.model": "ok", "data.sft.train": "ok", "data.reward.train": "ok", "data.ppo.train": "ok",
+    }  # fmt: skip
+
+
+def test_check_finds_everything_that_is_wrong_at_once(recipe: Path) -> None:
+    (recipe.parent / "prompts.jsonl").write_text("{broken\n")
+    (recipe.parent / "demonstrations.jsonl").unlink()
+    write_rows(recipe.parent / "comparisons.jsonl", [])
+    overrides = ["base.model=./nowhere", "sft.adapter=./nothing"]
+    finished = align("check", recipe, *overrides)
+    assert finished.returncode == 2
+    for said in ("is no folder that exists", "sft.adapter", "demonstrations.jsonl: it does not exist", "comparisons"):
+        assert said in finished.stderr
+    assert "prompts.jsonl" in finished.stderr
+    assert "Traceback" not in finished.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "CONFIG", "sft.epoch=1"], "did you mean sft.epochs?"),
+        (["check", "CONFIG", "sft.epochs"], "write section.key=value"),
+        (["run", "none.yaml"], "there is no such config file"),
+        (["run", "CONFIG", "--resume", "--fresh"], "give one of them"),
+        (["run", "CONFIG", "--stage", "ppo", "run.stages=[sft]"], "has only sft"),
+        (["run", "CONFIG", "--stage", "dpo"], "dpo"),
+        (["run", "CONFIG", "base.model=./nowhere"], "nowhere"),
+        (["status", "nowhere"], "there is no run in this folder"),
+    ],
+)
+def test_a_wrong_call_is_one_message_and_exit_code_2(
+    recipe: Path, in_folder: Path, arguments: list[str], said: str
+) -> None:
+    finished = align(*[str(recipe) if argument == "CONFIG" else argument for argument in arguments])
+    assert finished.returncode == 2
+    assert said in finished.stderr
+    assert "Traceback" not in finished.stderr
+    assert finished.stdout == ""
+
+
+def test_the_version_is_the_packages() -> None:
+    assert align("--version").stdout == f"align {__version__}\n"
+
+
+def test_status_says_how_far_a_run_is(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("run: {stages: [sft]}")
+    now = time.time()
+    status = {"stage": "sft", "doing": "training", "done": 1, "total": 3, "started": now - 10, "updated": now,
+              "metrics": {"loss": 0.25}}  # fmt: skip
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    text = align("status", tmp_path).stdout
+    for shown in ("running", "training (1/3)", "left", "loss 0.25"):
+        assert shown in text
+    content = json.loads(align("status", tmp_path, "--json").stdout)
+    assert content["status"]["metrics"] == {"loss": 0.25}
+    assert 0 < content["seconds_left"] <= 20

@@ -1,0 +1,231 @@
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align import settings
+from align.cluster import Cluster
+from align.driver import run_pipeline
+from align.errors import DataError, InvariantError, PlacementError, StoppedError, UsageError, WorkerError
+from align.randomness import stage_seed
+from align.status import Status, read_state
+from align.worker import StageFunction
+from tests.align import fake_stages
+from tests.align.recipe import write_recipe, write_rows
+
+COMMAND = "align run small.yaml"
+
+
+class Recorder:
+    """A display that remembers."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.steps: list[tuple[str, str]] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    def step(self, name: str, text: str) -> None:
+        self.steps.append((name, text))
+
+    def progress(self, status: Status) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def run(
+    folder: Path, *overrides: str, display: Recorder | None = None, change: Mapping[str, StageFunction] | None = None,
+    **flags: Any,
+) -> dict[str, Any]:  # fmt: skip
+    config = settings.load(folder / "small.yaml", [f"run.root={folder / 'runs'}", "cluster.cpus=1", *overrides])
+    stages = {**fake_stages.STAGES, **(change or {})}
+    return run_pipeline(config, stages=stages, display=display or Recorder(), command=COMMAND, **flags)
+
+
+def run_of(folder: Path) -> Path:
+    return folder / "runs" / "small"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_recipe(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def finished(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], Recorder]:
+    """A run of all steps, to look at; tests do not change it."""
+    folder, display = tmp_path_factory.mktemp("finished"), Recorder()
+    write_recipe(folder)
+    return folder, run(folder, display=display), display
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Cluster) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(Cluster, "_connect", refuse)
+
+
+def test_a_run_goes_through_all_steps_on_one_loaded_base(finished: tuple[Path, dict[str, Any], Recorder]) -> None:
+    folder, summary, display = finished
+    assert [name for name, _ in display.steps] == ["sft", "reward", "ppo", "evaluation"]
+    assert summary["base"]["loads"] == 1
+    assert summary["base"]["unchanged"] is True
+    assert summary["sft"]["nll_after"] == 1.0
+    assert summary["eval"]["policy"] == "ppo"
+    assert set(summary["seconds"]) == {"install_excluded_total", "sft", "reward", "ppo", "eval"}
+    assert summary["peak_rss_bytes"] > 50 * 2**20
+    assert json.loads((run_of(folder) / "summary.json").read_text()) == summary
+
+
+def test_a_run_writes_its_config_lineage_and_rejects(finished: tuple[Path, dict[str, Any], Recorder]) -> None:
+    folder, _, display = finished
+    assert settings.load(run_of(folder) / "config.yaml").ppo.updates == 4
+    lineage = json.loads((run_of(folder) / "lineage.json").read_text())
+    made, used = lineage["steps"]["sft"]["out"][0], lineage["steps"]["reward"]["in"]
+    assert used["input.sft"] == made["sha256"]
+    assert lineage["versions"]["ray"].startswith("2.")
+    assert (run_of(folder) / "sft" / "rejects.jsonl").read_text() == ""
+    assert "data.sft.train: 20 rows in, 20 kept" in display.notes
+    assert "a note" in display.notes
+    assert read_state(run_of(folder), 0.0).state == "finished"
+
+
+def test_the_same_run_again_skips_every_step_and_starts_no_ray(
+    finished: tuple[Path, dict[str, Any], Recorder], no_ray: None
+) -> None:
+    folder, summary, _ = finished
+    display = Recorder()
+    assert run(folder, display=display) == summary
+    assert [text for _, text in display.steps] == ["skip (inputs unchanged)"] * 4
+
+
+def test_a_stages_seed_is_made_from_the_runs(
+    folder: Path, ray_cluster: None, finished: tuple[Path, dict[str, Any], Recorder]
+) -> None:
+    assert finished[1]["sft"]["seed"] == stage_seed(0, "sft")
+    assert run(folder, "run.seed=1", stage="sft")["sft"]["seed"] == stage_seed(1, "sft")
+
+
+def test_stage_by_stage_ends_as_all_at_once(
+    folder: Path, ray_cluster: None, finished: tuple[Path, dict[str, Any], Recorder]
+) -> None:
+    for stage in ("sft", "reward"):
+        run(folder, stage=stage)
+    summary = run(folder, stage="ppo")
+    for section in ("sft", "reward", "ppo", "eval"):
+        assert summary[section] == finished[1][section]
+    assert summary["seconds"]["install_excluded_total"] > sum(summary["seconds"][s] for s in ("sft", "reward", "ppo"))
+
+
+def test_a_changed_setting_runs_its_step_again_and_what_depends_on_it(folder: Path, ray_cluster: None) -> None:
+    run(folder)
+    display = Recorder()
+    run(folder, "reward.epochs=2", display=display)
+    assert [text.split(" ")[0] for _, text in display.steps] == ["skip", "run", "skip", "skip"]
+    assert display.steps[1][1] == "run (run again: config reward.epochs changed (1.0 → 2.0))"
+    display = Recorder()
+    run(folder, "reward.epochs=2", "sft.learning_rate=0.1", display=display)
+    assert [text.split(" ")[0] for _, text in display.steps] == ["run", "run", "run", "run"]
+    assert "its input sft changed" in display.steps[1][1]
+
+
+def test_a_stage_before_its_inputs_is_refused_without_ray(folder: Path, no_ray: None) -> None:
+    with pytest.raises(UsageError, match=f"first run: {COMMAND} --stage sft"):
+        run(folder, stage="reward")
+
+
+def test_an_error_of_ours_in_the_worker_arrives_as_itself(folder: Path, ray_cluster: None) -> None:
+    with pytest.raises(InvariantError, match=r"^the ratio is 3$"):
+        run(folder, stage="sft", change={"sft": fake_stages.failing_invariant})
+    assert read_state(run_of(folder), 0.0).error == "the ratio is 3"
+
+
+def test_any_other_error_is_told_with_its_type_and_where_its_traceback_is(folder: Path, ray_cluster: None) -> None:
+    with pytest.raises(WorkerError, match=r"sft failed in the worker: LookupError: no such luck.*--resume") as raised:
+        run(folder, stage="sft", change={"sft": fake_stages.failing_somehow})
+    saved = run_of(folder) / "error.txt"
+    assert str(saved) in str(raised.value)
+    assert "failing_somehow" in saved.read_text()
+
+
+def test_the_death_of_the_worker_is_told_with_its_cause_and_how_to_go_on(folder: Path, ray_cluster: None) -> None:
+    with pytest.raises(WorkerError, match=rf"the worker died \(sft\): .*exit.*{COMMAND} --resume"):
+        run(folder, stage="sft", change={"sft": fake_stages.dying})
+
+
+def test_a_stage_that_changes_the_base_goes_red(folder: Path, ray_cluster: None) -> None:
+    with pytest.raises(InvariantError, match="sft changed the base model"):
+        run(folder, stage="sft", change={"sft": fake_stages.touching_the_base})
+    assert not (run_of(folder) / "sft" / "result.json").exists()
+
+
+def test_a_stopped_ppo_is_resumed_or_discarded_as_asked(folder: Path, ray_cluster: None) -> None:
+    run(folder, stage="sft")
+    run(folder, stage="reward")
+    with pytest.raises(WorkerError):
+        run(folder, change={"ppo": fake_stages.stopping_half_way})
+    with pytest.raises(UsageError, match="unfinished PPO"):
+        run(folder)
+    with pytest.raises(UsageError, match=r"ppo\.updates changed"):
+        run(folder, "ppo.updates=8", resume=True)
+    assert run(folder, resume=True)["ppo"] == {"first_update": 2}
+    assert run(folder, stage="ppo", fresh=True)["ppo"] == {"first_update": 0}
+
+
+def test_what_ray_cannot_place_is_said(folder: Path, ray_cluster: None) -> None:
+    with pytest.raises(PlacementError, match=r"Asked for: 64 CPUs.*a node with 2 CPUs.*cluster\.cpus=2"):
+        run(folder, "cluster.cpus=64", "cluster.placement_timeout_seconds=0.5")
+
+
+def test_ctrl_c_says_how_to_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(self: Cluster) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Cluster, "_connect", interrupt)
+    with pytest.raises(StoppedError, match=f"{COMMAND} --resume") as raised:
+        run(folder)
+    assert raised.value.exit_code == 130
+    assert read_state(run_of(folder), 0.0).state == "stopped"
+
+
+def test_a_relative_root_is_refused_in_a_ray_job(in_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_recipe(in_folder)
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    with pytest.raises(UsageError, match=r"run\.root is 'runs', relative.*run\.root=/absolute/path"):
+        run(in_folder, "run.root=runs")
+    assert not (in_folder / "runs").exists()
+
+
+def test_too_many_rejected_rows_stop_the_run_before_ray_and_are_in_a_file(folder: Path, no_ray: None) -> None:
+    write_rows(folder / "prompts.jsonl", [{"prompt": "Hello?"}, {"question": "Hello?"}])
+    with pytest.raises(DataError, match=r"data\.ppo\.train: 2 rows in, 1 kept, 1 rejected"):
+        run(folder)
+    assert "prompts.jsonl:2" in (run_of(folder) / "ppo" / "rejects.jsonl").read_text()
+
+
+def test_held_out_prompts_that_are_trained_on_are_warned_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(self: Cluster) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Cluster, "_connect", stop)
+    display = Recorder()
+    with pytest.raises(StoppedError):
+        run(folder, f"data.ppo.held_out={folder / 'prompts.jsonl'}", display=display)
+    assert any(note.startswith("warning: 20 held-out prompts of data.ppo also occur") for note in display.notes)
+
+
+def test_a_run_root_that_cannot_be_written_is_refused(folder: Path) -> None:
+    (folder / "runs").write_text("a file")
+    with pytest.raises(UsageError, match="cannot write into the run folder"):
+        run(folder)
+
+
+def test_the_tests_use_no_left_over_cluster() -> None:
+    assert "RAY_ADDRESS" not in os.environ
