@@ -43,17 +43,8 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a string, for want of a dot; here it is a number, as everyone means it."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def _parse(text: str, *, name: str) -> tuple[object, dict[str, int]]:
-    loader = _Loader(text)
+    loader = yaml.SafeLoader(text)  # reads 1e-4 as a string, for want of a dot; pydantic makes it a number
     try:
         node = loader.get_single_node()
         lines = dict(_lines(node, prefix="", name=name, above=()))
