@@ -42,6 +42,7 @@ def build_tiny(shape: str, folder: Path, *, seed: int = 0) -> None:
     """Write a two-layer model of width 32 with random weights of `seed`, and its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+    from transformers.utils import logging
 
     tokenizer = _tokenizer(shape)
     if shape == "gpt2":
@@ -63,7 +64,11 @@ def build_tiny(shape: str, folder: Path, *, seed: int = 0) -> None:
             tokenizer.eos_token_id,
             tokenizer.convert_tokens_to_ids("<|endoftext|>"),
         ]
+    has_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # a bar for 100 KB would be the first thing that a user sees
     model.save_pretrained(folder)
+    if has_bars:
+        logging.enable_progress_bar()
     tokenizer.save_pretrained(folder)
 
 
