@@ -129,7 +129,7 @@ def _stages_table(sft: Section, reward: Section) -> Table:
         table.add_row("SFT: NLL per token", _cell(sft, "nll_before"), _cell(sft, "nll_after"))
     if reward:
         table.add_row(
-            "reward: pair accuracy (before: the longer one wins)",
+            "reward: pair accuracy (before: by length alone)",
             _cell(reward, "length_baseline_accuracy", interval="length_baseline_ci95"),
             _cell(reward, "accuracy", interval="accuracy_ci95"),
         )
