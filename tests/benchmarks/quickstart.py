@@ -25,11 +25,6 @@ def _low(interval: object) -> float:
     return float(interval[0])
 
 
-def _high(interval: object) -> float:
-    assert isinstance(interval, list)
-    return float(interval[1])
-
-
 BARS: dict[str, Bar] = {
     "gold gain ≥ 0.15 (mean)": ("gold_gain", lambda s: s["eval"]["gold_gain"], lambda x: x >= 0.15, None),
     "its interval above 0": ("gold_gain low", lambda s: _low(s["eval"]["gold_gain_ci95"]), None, lambda x: x > 0),
