@@ -15,6 +15,7 @@ from align.tracking import Tracker
 from data.records import Comparison, Demonstration, Message, Prompt
 from tests.resident import with_adapters
 
+STATISTICS = ScoreStatistics(0.5, 2.0, 8)
 SAMPLING = Sampling(temperature=1.0, max_response_length=6, max_prompt_length=200, batch_size=8)
 
 
@@ -68,7 +69,7 @@ def ppo_inputs(
     root: Path,
     shape: str = "llama",
     *,
-    statistics: ScoreStatistics | None = ScoreStatistics(0.5, 2.0, 8),
+    statistics: ScoreStatistics | None = STATISTICS,
     sft: bool = True,
 ) -> PPOInputs:
     """Artifacts as SFT and reward training would leave them, with random weights, and ten prompts."""

@@ -1,6 +1,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_only_the_assistants_tokens_and_ends_of_turn_are_learnt(
     batches: list[dict[str, torch.Tensor]] = []
 
     class Watched(SFTTrainer):
-        def train(self, *args: object, **kwargs: object) -> object:
+        def train(self, *args: Any, **kwargs: Any) -> Any:
             batches.extend(self.get_train_dataloader())
             return super().train(*args, **kwargs)
 
@@ -92,7 +93,7 @@ def test_only_the_assistants_tokens_and_ends_of_turn_are_learnt(
 
 def test_a_row_that_the_trainer_drops_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Dropping(SFTTrainer):
-        def __init__(self, *args: object, **kwargs: object) -> None:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.train_dataset = self.train_dataset.select(range(len(self.train_dataset) - 1))
 

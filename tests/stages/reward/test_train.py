@@ -1,0 +1,220 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from trl import RewardTrainer
+
+import stages.reward.train
+from align.adapters import AdaptedModel
+from align.artifacts import Artifact, write_directory
+from align.config import RewardConfig
+from align.context import RewardInputs, StageResult
+from align.episodes import Episode, collate, score_pass
+from align.errors import InvariantError
+from align.generation import generate
+from align.heads import ScalarHead, load_head
+from align.randomness import keyed_uniforms
+from align.restore import ModelState, lent, snapshot
+from data.tokenization import encode_prompt
+from stages.reward.train import run_reward, scorer_on_trunk
+from tests.resident import SHAPES, drawn_episodes, logits_of, resident, with_adapters
+from tests.stages.scenes import SAMPLING, comparisons, context_of, hashes_of, metrics_of
+
+SMALL: dict[str, object] = {"batch_size": 4, "micro_batch_size": 2, "max_length": 200, "learning_rate": 5e-3}
+CPU = torch.device("cpu")
+
+
+def sft_made_by_hand(root: Path, shape: str) -> Artifact:
+    made = with_adapters(shape, "sft")
+    return write_directory(
+        root / "made",
+        lambda path: made.save("sft", path),
+        kind="adapter",
+        stage="sft",
+        step=1,
+        base_identity=made.base_identity,
+    )
+
+
+def run(
+    model: AdaptedModel, root: Path, *, seed: int = 0, inputs: RewardInputs | None = None, **settings: object
+) -> StageResult:
+    inputs = inputs or RewardInputs(None, comparisons(8), comparisons(6, start=50), SAMPLING)
+    return run_reward(
+        RewardConfig.model_validate({**SMALL, **settings}), inputs, context_of(model, root, "reward", seed=seed)
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_separable_pairs_are_learnt_and_only_the_reward_adapter_and_its_head_change(shape: str, tmp_path: Path) -> None:
+    sft = sft_made_by_hand(tmp_path, shape)
+    model = resident(shape)
+    base = model.base_checksum()
+    inputs = RewardInputs(sft, comparisons(8, start=10), comparisons(6, start=50), SAMPLING)
+    result = run(model, tmp_path, inputs=inputs, epochs=12, learning_rate=1e-2)
+    assert result.metrics["accuracy"] == 1
+    assert result.metrics["margin"] > 0.5  # type: ignore[operator]
+    assert result.metrics["loss"] < 0.6  # type: ignore[operator]
+    assert result.metrics["held_out_pairs"] == 6
+    assert result.metrics["steps"] == 24
+    assert model.base_checksum() == base
+    model.load("as it was", sft.path)
+    assert model.checksum("sft") == model.checksum("as it was") != model.checksum("reward")
+    moved = [
+        not torch.equal(own, before)
+        for own, before in zip(model.tensors("reward").values(), model.tensors("sft").values(), strict=True)
+    ]
+    assert all(moved)
+    head, _ = load_head(result.artifact("head").path, device=CPU)
+    seed = context_of(model, tmp_path / "other", "reward").seed
+    assert not torch.equal(head.weight, ScalarHead(model.hidden_size).initialize(seed).weight)
+    # and what is on disk is what was measured
+    model.load("from disk", result.artifact("adapter").path)
+    assert model.checksum("from disk") == model.checksum("reward")
+
+
+def test_the_accuracy_of_the_length_rule_takes_its_direction_from_the_train_set(tmp_path: Path) -> None:
+    # "good n" is longer than "bad n": in training the longer wins, so of pairs turned round none is right
+    turned = comparisons(6, chosen="bad", rejected="good", start=50)
+    result = run(resident(), tmp_path, inputs=RewardInputs(None, comparisons(4), turned, SAMPLING), epochs=1)
+    assert result.metrics["length_baseline_accuracy"] == 0
+    result = run(resident(), tmp_path, inputs=RewardInputs(None, turned, turned, SAMPLING), epochs=1)
+    assert result.metrics["length_baseline_accuracy"] == 1
+
+
+def test_the_logged_loss_is_the_bradley_terry_loss_of_the_pairs(tmp_path: Path) -> None:
+    # All pairs in one batch: the loss of step 1 is that of the head as it was drawn, on adapters that change nothing
+    model = resident()
+    run(model, tmp_path, batch_size=8, micro_batch_size=8, centering=0.0, epochs=1)
+    logged = metrics_of(tmp_path / "reward")[0]["reward/loss"]
+    model.reset()
+    inputs = RewardInputs(None, comparisons(8), comparisons(8), SAMPLING)
+    measured = run(model, tmp_path, inputs=inputs, batch_size=8, micro_batch_size=8, centering=0.0, learning_rate=1e-9)
+    assert logged == pytest.approx(measured.metrics["loss"], abs=1e-4)
+
+
+def test_the_scores_scale_on_sft_answers_is_saved_with_the_head(tmp_path: Path) -> None:
+    sft = sft_made_by_hand(tmp_path, "llama")
+    model = resident()
+    held_out = comparisons(5, start=50)
+    # A prompt that stands in two pairs is asked once
+    inputs = RewardInputs(sft, comparisons(8), (*held_out, *held_out[:2]), SAMPLING)
+    result = run(model, tmp_path, inputs=inputs)
+    head, statistics = load_head(result.artifact("head").path, device=CPU)
+    assert statistics is not None
+    codec = model.base.codec(None)
+    prompts = [tuple(encode_prompt(codec, pair.prompt)) for pair in held_out]
+    seed = context_of(model, tmp_path / "other", "reward").seed
+    uniforms = keyed_uniforms(seed, "statistics", 0, list(range(5)), SAMPLING.max_response_length)
+    scores: list[float] = []
+    for row, prompt in enumerate(prompts):
+        with model.role("sft"):
+            [response] = generate(model, codec, [prompt], sampling=SAMPLING, uniforms_BT=uniforms[row : row + 1])
+        batch = collate([Episode(prompt, response.ids, response.has_eos)], pad_id=codec.pad_id, device=CPU)
+        with torch.no_grad(), model.role("reward"):
+            scores.append(score_pass(model, head, batch).item())
+    expected = torch.tensor(scores)
+    assert statistics.num_responses == 5
+    assert statistics.mean == pytest.approx(expected.mean().item(), abs=1e-5)
+    assert statistics.std == pytest.approx(expected.std(unbiased=False).item(), abs=1e-5)
+    assert (result.metrics["score_mean"], result.metrics["score_std"]) == (statistics.mean, statistics.std)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_trainer_and_ppo_read_the_same_score(shape: str) -> None:
+    # rows of several lengths, pad chosen by the codec; right-padded, as TRL's collator does
+    model = with_adapters(shape, "sft", "reward")
+    codec, head = model.base.codec(None), ScalarHead(model.hidden_size).initialize(0)
+    batch = collate(drawn_episodes([(3, 4), (1, 1), (2, 7)], end=codec.end_of_turn_id), pad_id=codec.pad_id, device=CPU)
+    with torch.no_grad(), model.role("reward"):
+        scorer = scorer_on_trunk(model, head, pad_id=codec.pad_id)
+        theirs_B = scorer(input_ids=batch.ids_BS, attention_mask=batch.is_token_BS.long()).logits[:, 0]
+        torch.testing.assert_close(theirs_B, score_pass(model, head, batch))
+
+
+def test_the_scorer_is_no_second_copy_of_the_base() -> None:
+    model = with_adapters("llama", "sft")
+    head = ScalarHead(model.hidden_size)
+    scorer = scorer_on_trunk(model, head, pad_id=256)
+    own = {id(parameter) for parameter in (*model.base.model.parameters(), *head.parameters())}
+    assert {id(parameter) for parameter in scorer.parameters()} <= own
+    assert model.base.model.config.pad_token_id == 258  # the base's own config is not touched
+
+
+def test_a_pair_that_the_trainer_drops_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dropping(RewardTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.train_dataset = self.train_dataset.select(range(len(self.train_dataset) - 2))
+
+    monkeypatch.setattr(stages.reward.train, "RewardTrainer", Dropping)
+    with pytest.raises(InvariantError, match="RewardTrainer kept 6 of 8 pairs"):
+        run(resident(), tmp_path)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_base_is_left_as_it_was_found_dropout_included(
+    shape: str, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[ModelState] = []
+
+    @contextmanager
+    def watched(lent_model: nn.Module) -> Iterator[None]:
+        states.append(snapshot(lent_model))
+        with lent(lent_model):
+            yield
+        states.append(snapshot(lent_model))
+
+    monkeypatch.setattr(stages.reward.train, "lent", watched)
+    model = resident(shape, dropout=0.1)
+    bare, checksum = snapshot(model.base.model), model.base_checksum()
+    run(model, tmp_path, gradient_checkpointing=checkpointing)
+    before, after = states
+    assert after == before
+    lora = [m for path, m in model.base.model.named_modules() if "lora_dropout." in path]
+    assert lora
+    assert all(isinstance(module, nn.Dropout) and module.p == 0.1 and not module.training for module in lora)
+    assert model.base_checksum() == checksum
+    model.reset()
+    assert snapshot(model.base.model) == bare
+
+
+def test_dropout_applies_while_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[tuple[float, bool]] = set()
+
+    class Watched(RewardTrainer):
+        def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            seen.update((m.p, m.training) for path, m in model.named_modules() if "lora_dropout.reward" in path)
+            return super().compute_loss(model, *args, **kwargs)
+
+    monkeypatch.setattr(stages.reward.train, "RewardTrainer", Watched)
+    run(resident(dropout=0.25), tmp_path)
+    assert seen == {(0.25, True)}
+
+
+def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+        torch.manual_seed(len(name))
+        run(resident(dropout=0.1), tmp_path / name, seed=seed)
+    one, same, other = (hashes_of(tmp_path / name / "reward") for name in ("one", "same", "other"))
+    assert {"adapter/adapter_model.safetensors", "head/head.safetensors", "metrics.jsonl"} <= one.keys()
+    assert one == same
+    assert one["adapter/adapter_model.safetensors"] != other["adapter/adapter_model.safetensors"]
+
+
+def test_a_brought_adapter_is_where_training_starts(tmp_path: Path) -> None:
+    brought = sft_made_by_hand(tmp_path, "llama")
+    model = resident()
+    inputs = RewardInputs(None, comparisons(4), comparisons(4), SAMPLING, adapter=brought)
+    run(model, tmp_path, inputs=inputs, learning_rate=1e-9)
+    model.load("brought", brought.path)
+    ids = list(range(9))
+    with model.role("brought"):
+        expected = logits_of(model, ids)
+    with model.role("reward"):
+        torch.testing.assert_close(logits_of(model, ids), expected)
