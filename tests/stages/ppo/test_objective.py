@@ -24,7 +24,8 @@ def test_the_masked_mean_counts_real_tokens_only() -> None:
 
 
 def test_k1_and_k3_of_one_token() -> None:
-    # π = 0.5, π_ref = 0.25: k1 = ln 2, k3 = 0.25/0.5 − 1 + ln 2 = ln 2 − 0.5. The other way round: k1 = −ln 2, k3 = 1 − ln 2
+    # π = 0.5, π_ref = 0.25: k1 = ln 2, k3 = 0.25/0.5 − 1 + ln 2 = ln 2 − 0.5
+    # The other way round: k1 = −ln 2, k3 = 2 − 1 − ln 2
     own, ref = torch.tensor([[0.5, 0.25]]).log(), torch.tensor([[0.25, 0.5]]).log()
     assert objective.kl_k1(own, ref)[0].tolist() == pytest.approx([math.log(2), -math.log(2)])
     assert objective.kl_k3(own, ref)[0].tolist() == pytest.approx([math.log(2) - 0.5, 1 - math.log(2)])
@@ -188,7 +189,11 @@ def test_clipping_stops_the_gradient_only_where_the_ratio_has_gone_far_enough(
 
 
 def test_at_ratio_1_the_policy_loss_is_minus_the_advantage_with_the_policy_gradient() -> None:
-    logits_TV, actions_T, advantages_T = drawn(4, 5, seed=11).requires_grad_(), torch.tensor([0, 3, 1, 4]), drawn(4, seed=12)
+    logits_TV, actions_T, advantages_T = (
+        drawn(4, 5, seed=11).requires_grad_(),
+        torch.tensor([0, 3, 1, 4]),
+        drawn(4, seed=12),
+    )
     logprobs_T = logits_TV.log_softmax(-1)[torch.arange(4), actions_T]
     loss_BT = objective.policy_loss(logprobs_T[None], logprobs_T.detach()[None], advantages_T[None], clip=0.2)
     torch.testing.assert_close(loss_BT[0], -advantages_T)

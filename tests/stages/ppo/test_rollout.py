@@ -1,0 +1,114 @@
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+
+from align.adapters import RAW_BASE, AdaptedModel
+from align.episodes import Episode, collate, policy_pass, score_pass, value_pass
+from align.heads import ScalarHead
+from stages.ppo.rollout import Heads, Rollout, generate_episodes, look, prompt_indices
+from tests.resident import SHAPES, randomize, with_adapters
+from tests.stages.scenes import SAMPLING
+
+PROMPTS = [tuple(range(30 + n, 32 + 2 * n)) for n in range(4)]
+
+
+def rolled_out(model: AdaptedModel, *, size: int = 2, critic_is_adapter: bool = False) -> tuple[list[Episode], Rollout]:
+    codec = model.base.codec(None)
+    episodes = generate_episodes(model, codec, PROMPTS, sampling=SAMPLING, seed=0, update=0)
+    reward_head, value_head = (ScalarHead(model.hidden_size).initialize(seed) for seed in (1, 2))
+    heads = Heads(reward_head, value_head, critic_is_adapter)
+    rollout = look(model, episodes, heads, micro_batch_size=size, temperature=1.0, pad_id=codec.pad_id)
+    return episodes, rollout
+
+
+def test_every_prompt_is_answered_once_in_each_epoch_over_the_prompts() -> None:
+    # 3 updates of 8 episodes through 6 prompts: four whole epochs
+    indices = [i for update in range(3) for i in prompt_indices(0, update, num_episodes=8, num_prompts=6)]
+    for epoch in range(4):
+        assert sorted(indices[6 * epoch : 6 * epoch + 6]) == list(range(6))
+    assert len({tuple(indices[6 * epoch : 6 * epoch + 6]) for epoch in range(4)}) == 4  # each time in another order
+
+
+def test_which_prompts_an_update_answers_does_not_depend_on_the_updates_before() -> None:
+    later = prompt_indices(0, 7, num_episodes=8, num_prompts=100)
+    assert later == prompt_indices(0, 7, num_episodes=8, num_prompts=100)
+    assert later != prompt_indices(1, 7, num_episodes=8, num_prompts=100)
+    assert later == [i for half in (14, 15) for i in prompt_indices(0, half, num_episodes=4, num_prompts=100)]
+
+
+def test_more_episodes_than_prompts_answer_each_several_times_with_other_words() -> None:
+    assert Counter(prompt_indices(0, 0, num_episodes=9, num_prompts=3)) == {0: 3, 1: 3, 2: 3}
+    model = with_adapters("llama", "sft", "policy")
+    codec, same = model.base.codec(None), [PROMPTS[0]] * 4
+    episodes = generate_episodes(model, codec, same, sampling=SAMPLING, seed=0, update=0)
+    assert len({episode.response_ids for episode in episodes}) == 4
+    again = generate_episodes(model, codec, same, sampling=SAMPLING, seed=0, update=1)
+    assert not {e.response_ids for e in episodes} & {e.response_ids for e in again}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_reference_is_the_frozen_sft_adapter_and_not_the_raw_base(shape: str) -> None:
+    model = with_adapters(shape, "sft", "reward")
+    model.add("policy", copy_of="sft")
+    _, rollout = rolled_out(model)
+    for mb in rollout.micro_batches:
+        # A policy that is a copy of sft has no divergence from the reference. From the raw base it has.
+        assert torch.equal(mb.logprobs_BT, mb.ref_logprobs_BT)
+        with torch.no_grad(), model.role(RAW_BASE):
+            raw_BT = policy_pass(model, mb.batch).logprobs_BT
+        assert (raw_BT - mb.ref_logprobs_BT).abs().max() > 1e-3
+    randomize(model, "policy", seed=9)
+    _, rollout = rolled_out(model)
+    with torch.no_grad(), model.role("sft"):
+        for mb in rollout.micro_batches:
+            assert torch.equal(policy_pass(model, mb.batch).logprobs_BT, mb.ref_logprobs_BT)
+            assert not torch.equal(mb.logprobs_BT, mb.ref_logprobs_BT)
+
+
+def test_each_role_looks_with_its_own_adapter_and_head() -> None:
+    model = with_adapters("llama", "sft", "policy", "reward", "value")
+    reward_head, value_head = (ScalarHead(model.hidden_size).initialize(seed) for seed in (1, 2))
+    for critic_is_adapter in (False, True):
+        _, rollout = rolled_out(model, critic_is_adapter=critic_is_adapter)
+        for mb in rollout.micro_batches:
+            with torch.no_grad():
+                with model.role("reward"):
+                    torch.testing.assert_close(mb.scores_B, score_pass(model, reward_head, mb.batch))
+                with model.role("value" if critic_is_adapter else "policy"):
+                    torch.testing.assert_close(mb.values_BT, value_pass(model, value_head, mb.batch))
+    model.verify_trainable()
+
+
+def test_micro_batches_are_sorted_by_length_and_hold_every_episode_once() -> None:
+    model = with_adapters("llama", "sft", "policy", "reward")
+    episodes, rollout = rolled_out(model)
+    pad_id = model.base.codec(None).pad_id
+    lengths = [int(n) for mb in rollout.micro_batches for n in mb.batch.is_token_BS.sum(-1)]
+    assert lengths == sorted(lengths)
+    rows = [ids for mb in rollout.micro_batches for ids in mb.batch.ids_BS.tolist()]
+    expected = collate(episodes, pad_id=pad_id, device=model.device).ids_BS
+    assert sorted(tuple(i for i in row if i != pad_id) for row in rows) == sorted(
+        tuple(i for i in row if i != pad_id) for row in expected.tolist()
+    )
+    flags = {tuple(e.prompt_ids): e.has_eos for e in episodes}
+    for mb in rollout.micro_batches:
+        for ids, start, has_eos in zip(
+            mb.batch.ids_BS.tolist(), mb.batch.prompt_length_B.tolist(), mb.has_eos_B.tolist(), strict=True
+        ):
+            assert flags[tuple(ids[:start])] == has_eos
+
+
+def test_the_gap_between_sampler_and_trainer_is_measured() -> None:
+    model = with_adapters("llama", "sft", "policy", "reward")
+    _, rollout = rolled_out(model)
+    assert 0 <= rollout.sampler_gap_mean <= rollout.sampler_gap_max < 1e-4
+    codec = model.base.codec(None)
+    episodes = generate_episodes(model, codec, PROMPTS, sampling=SAMPLING, seed=0, update=0)
+    off = episodes[2].sampler_logprobs
+    episodes[2] = replace(episodes[2], sampler_logprobs=(off[0] + 0.5, *off[1:]))
+    heads = Heads(ScalarHead(model.hidden_size), ScalarHead(model.hidden_size), critic_is_adapter=False)
+    found = look(model, episodes, heads, micro_batch_size=2, temperature=1.0, pad_id=codec.pad_id)
+    assert found.sampler_gap_max == pytest.approx(0.5, abs=1e-4)
+    assert found.sampler_gap_mean == pytest.approx(0.5 / sum(len(e.response_ids) for e in episodes), abs=1e-4)
