@@ -71,8 +71,9 @@ def test_roles_nest_and_leaving_one_restores_the_one_before_also_after_an_error(
         with model.role("reward"):
             assert not torch.equal(logits_of(model, IDS), own)
         assert torch.equal(logits_of(model, IDS), own)
-        with pytest.raises(ZeroDivisionError), model.role(RAW_BASE):
+        with model.role(RAW_BASE):
             assert torch.equal(logits_of(model, IDS), plain)
+        with pytest.raises(ZeroDivisionError), model.role(RAW_BASE):
             raise ZeroDivisionError
         assert torch.equal(logits_of(model, IDS), own)
     assert torch.equal(logits_of(model, IDS), plain)
@@ -83,7 +84,10 @@ def test_an_unknown_role_is_refused_and_the_adapters_are_named() -> None:
     with pytest.raises(InvariantError, match="no adapter has been added yet"), model.role("sft"):
         pass
     model.add("sft")
-    with pytest.raises(InvariantError, match=r"role policy: there are only the adapters \('sft',\)"), model.role("policy"):
+    with (
+        pytest.raises(InvariantError, match=r"role policy: there are only the adapters \('sft',\)"),
+        model.role("policy"),
+    ):
         pass
     with pytest.raises(InvariantError, match="sft is there already"):
         model.add("sft")
@@ -294,11 +298,13 @@ def test_an_unknown_target_is_named_beside_the_layers_that_there_are() -> None:
 def test_a_target_with_two_names_picks_one_of_two_layers_that_share_their_last() -> None:
     model = resident("gpt2", targets=["attn.c_proj"])
     model.add("sft")
-    assert {key.split(".lora_")[0] for key in model.tensors("sft")} == {f"transformer.h.{i}.attn.c_proj" for i in (0, 1)}
+    assert {key.split(".lora_")[0] for key in model.tensors("sft")} == {
+        f"transformer.h.{i}.attn.c_proj" for i in (0, 1)
+    }
 
 
 def test_more_layers_than_the_base_has_are_refused() -> None:
-    with pytest.raises(ConfigError, match="adapters.layers: 3, but this base has 2 decoder layers"):
+    with pytest.raises(ConfigError, match=r"adapters\.layers: 3, but this base has 2 decoder layers"):
         resident("llama", layers=3)
 
 

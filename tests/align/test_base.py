@@ -92,7 +92,9 @@ def test_the_three_tiny_models_are_three_bases() -> None:
     assert len({resolve_base(BaseModelConfig(model=f"tiny:{shape}")).identity for shape in SHAPES}) == 3
 
 
-def test_a_tiny_model_is_built_once_and_the_same_bytes_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tiny_model_is_built_once_and_the_same_bytes_each_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     state = torch.random.get_rng_state()
     build_tiny("qwen2", tmp_path)
     assert torch.equal(torch.random.get_rng_state(), state)

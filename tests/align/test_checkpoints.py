@@ -13,7 +13,9 @@ BASE = "a" * 64
 
 def of_step(step: int) -> Checkpoint:
     trained = {"policy/b": torch.full((2, 3), step / 3), "policy/a": torch.arange(4.0) * step}
-    return Checkpoint(step, {"trained": trained, "optimizer": {"policy/a/step": torch.tensor(float(step))}}, {"kl": 0.1})
+    return Checkpoint(
+        step, {"trained": trained, "optimizer": {"policy/a/step": torch.tensor(float(step))}}, {"kl": 0.1}
+    )
 
 
 def save(folder: Path, step: int, *, keep: int = 2, base: str = BASE) -> None:

@@ -78,7 +78,9 @@ def test_a_score_is_read_at_the_real_last_token_also_where_pad_is_eos(shape: str
     end, head = model.base.eos_ids[0], head_of(model)
     episodes = drawn_episodes(LENGTHS, end=end)
     with torch.no_grad(), model.role("sft"):
-        expected = [(hidden_of(model, e.prompt_ids + e.response_ids)[-1] @ head.weight[0]).item() + 0.25 for e in episodes]
+        expected = [
+            (hidden_of(model, e.prompt_ids + e.response_ids)[-1] @ head.weight[0]).item() + 0.25 for e in episodes
+        ]
         for pad_id in (end, 0):
             scores_B = score_pass(model, head, collate(episodes, pad_id=pad_id, device=model.device))
             assert scores_B.tolist() == pytest.approx(expected, abs=1e-5)

@@ -18,7 +18,9 @@ PROMPTS = [tuple(range(10 * n, 11 * n + 1)) for n in range(8)]  # of 1 to 8 toke
 LAST_TOKEN = 1 - 2**-53  # the largest uniform there is picks the vocabulary's last token: an EOS in all tiny models
 
 
-def respond(model: AdaptedModel, prompts: list[tuple[int, ...]], uniforms_BT: np.ndarray, **changes: int | float) -> list[Response]:
+def respond(
+    model: AdaptedModel, prompts: list[tuple[int, ...]], uniforms_BT: np.ndarray, **changes: int | float
+) -> list[Response]:
     with model.role("sft"):
         return generate(
             model, model.base.codec(None), prompts, sampling=replace(SAMPLING, **changes), uniforms_BT=uniforms_BT
@@ -146,10 +148,10 @@ def test_progress_is_told_in_responses() -> None:
 # ---- sampling one token ----
 
 
-def draw(logits_V: Tensor, uniforms_N: Tensor, *, eos: Tensor = NO_EOS, step: int = 0, **changes: float) -> tuple[Tensor, Tensor]:
-    return sample(
-        logits_V.expand(len(uniforms_N), -1), uniforms_N.double(), replace(SAMPLING, **changes), eos, step
-    )
+def draw(
+    logits_V: Tensor, uniforms_N: Tensor, *, eos: Tensor = NO_EOS, step: int = 0, **changes: float
+) -> tuple[Tensor, Tensor]:
+    return sample(logits_V.expand(len(uniforms_N), -1), uniforms_N.double(), replace(SAMPLING, **changes), eos, step)
 
 
 def evenly(count: int) -> Tensor:
