@@ -3,6 +3,8 @@ when its bar is missed."""
 
 import argparse
 import sys
+import tempfile
+from pathlib import Path
 
 from tests.benchmarks import quickstart
 
@@ -12,7 +14,10 @@ BENCHMARKS = {"quickstart": quickstart.run}
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("name", choices=sorted(BENCHMARKS))
-    return BENCHMARKS[parser.parse_args().name]()
+    parser.add_argument("--root", type=Path, help="keep the runs here, and go on from those that are there")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        return BENCHMARKS[arguments.name](arguments.root or Path(temporary))
 
 
 if __name__ == "__main__":

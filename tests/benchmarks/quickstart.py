@@ -5,7 +5,6 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -45,16 +44,15 @@ BARS: dict[str, Bar] = {
 }
 
 
-def run() -> int:
-    """Run the seeds one after another; returns the exit code."""
+def run(root: Path) -> int:
+    """Run the seeds one after another under `root`; returns the exit code."""
     summaries: list[Summary] = []
-    with tempfile.TemporaryDirectory() as root:
-        for seed in SEEDS:
-            print(f"seed {seed} ...", file=sys.stderr, flush=True)
-            command = [sys.executable, "-m", "align.cli", "run", "configs/quickstart.yaml", f"run.root={root}"]
-            command += [f"run.name=seed-{seed}", f"run.seed={seed}", "--json", "--quiet"]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            summaries.append(json.loads(done.stdout))
+    for seed in SEEDS:
+        print(f"seed {seed} ...", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", "align.cli", "run", "configs/quickstart.yaml", f"run.root={root.absolute()}"]
+        command += [f"run.name=seed-{seed}", f"run.seed={seed}", "--json", "--quiet", "--resume"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        summaries.append(json.loads(done.stdout))
     table = Table("bar", *(f"seed {seed}" for seed in SEEDS), "mean", "held")
     missed = 0
     rows = {}
