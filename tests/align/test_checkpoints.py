@@ -40,7 +40,7 @@ def test_a_checkpoint_comes_back_exactly(tmp_path: Path) -> None:
 
 def test_equal_states_are_equal_bytes_whatever_the_order_of_their_names(tmp_path: Path) -> None:
     one = of_step(5)
-    backwards = {group: dict(reversed(tensors.items())) for group, tensors in one.groups.items()}
+    backwards = {group: dict(reversed(list(tensors.items()))) for group, tensors in one.groups.items()}
     save(tmp_path / "1", 5)
     save_checkpoint(tmp_path / "2", Checkpoint(5, backwards, one.state), stage="ppo", base_identity=BASE, keep=1)
     for path in (tmp_path / "1" / "update-00005").iterdir():

@@ -28,8 +28,8 @@ def rude_trainer(model: PreTrainedModel) -> None:
             module.p = 0.0
         if path.endswith("mlp"):
             plain = module.forward
-            module.forward = lambda *args, plain=plain, **kwargs: plain(*args, **kwargs) * 2
-            module._original_forward = plain
+            module.__dict__["forward"] = lambda *args, plain=plain, **kwargs: plain(*args, **kwargs) * 2
+            module.__dict__["_original_forward"] = plain
             module.register_forward_hook(lambda _, __, out: out + 1)
             module.register_forward_pre_hook(lambda *_: None)
             module.register_full_backward_hook(lambda *_: None)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from trl import RewardTrainer
+from trl.trainer.reward_trainer import RewardTrainer
 
 from stages.reward import objective
 

@@ -1,4 +1,4 @@
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from trl import RewardTrainer
+from trl.trainer.reward_trainer import RewardTrainer
 
 import stages.reward.train
 from align.adapters import AdaptedModel
@@ -164,7 +164,7 @@ def test_the_base_is_left_as_it_was_found_dropout_included(
     states: list[ModelState] = []
 
     @contextmanager
-    def watched(lent_model: nn.Module) -> Iterator[None]:
+    def watched(lent_model: nn.Module) -> Generator[None]:
         states.append(snapshot(lent_model))
         with lent(lent_model):
             yield
@@ -189,7 +189,8 @@ def test_dropout_applies_while_training(tmp_path: Path, monkeypatch: pytest.Monk
 
     class Watched(RewardTrainer):
         def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            seen.update((m.p, m.training) for path, m in model.named_modules() if "lora_dropout.reward" in path)
+            dropouts = [m for path, m in model.named_modules() if "lora_dropout.reward" in path]
+            seen.update((m.p, m.training) for m in dropouts if isinstance(m, nn.Dropout))
             return super().compute_loss(model, *args, **kwargs)
 
     monkeypatch.setattr(stages.reward.train, "RewardTrainer", Watched)

@@ -1,11 +1,11 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from trl import SFTTrainer
+from trl.trainer.sft_trainer import SFTTrainer
 
 import stages.sft.train
 from align.adapters import AdaptedModel
@@ -122,7 +122,7 @@ def test_the_base_is_left_as_it_was_found(
     states: list[ModelState] = []
 
     @contextmanager
-    def watched(lent_model: torch.nn.Module) -> Iterator[None]:
+    def watched(lent_model: torch.nn.Module) -> Generator[None]:
         states.append(snapshot(lent_model))
         with lent(lent_model):
             yield
