@@ -16,7 +16,7 @@ from align.handover import FinishedStep, begin, build_inputs, current_results, g
 from align.installation import import_root, verify_current_folder
 from align.intake import StageData, parts_of_step, read_stage_data
 from align.messages import MessageReader
-from align.pipeline import Fingerprint, StepName, decide, fingerprint, refuse_unfinished, steps_to_do
+from align.pipeline import Decision, Fingerprint, StepName, decide, fingerprint, refuse_unfinished, steps_to_do
 from align.settings import dump
 from align.status import Status, occupied, read_status, write_end
 from align.summary import summarize, write_lineage
@@ -80,10 +80,9 @@ def run_pipeline(
                 decision = decide(step, run / step, prepared.fingerprint, resume=resume, fresh=fresh, command=command)
                 display.step(step, f"{decision.kind} ({decision.reason})")
                 if decision.finished is None:
-                    is_resumed = decision.kind == "resume"
-                    begin(run / step, prepared.fingerprint, keep=is_resumed)
+                    begin(run / step, prepared.fingerprint, keep=decision.kind == "resume")
                     watch.start()
-                    outcome = cluster.run(stage_call(step, stages[step], config, prepared, run, is_resumed))
+                    outcome = cluster.run(stage_call(step, stages[step], config, prepared, run, decision))
                     write_finished(run / step, finish(step, outcome, prepared, display))
                 journal.record(has_run=decision.kind == "run")
         display.close()
@@ -110,7 +109,7 @@ def prepare(
 
 
 def stage_call(
-    step: StepName, function: StageFunction, config: Config, prepared: Prepared, run: Path, resume: bool
+    step: StepName, function: StageFunction, config: Config, prepared: Prepared, run: Path, decision: Decision
 ) -> StageCall:
     return StageCall(
         step=step,
@@ -121,7 +120,7 @@ def stage_call(
         run_seed=config.run.seed,
         system_prompt=config.data.system_prompt,
         max_reject_rate=config.data.max_reject_rate,
-        resume=resume,
+        resume=decision.kind == "resume",
         tensorboard=config.tracking.tensorboard,
     )
 

@@ -50,13 +50,8 @@ def read_stage_data(config: Config, stage: StageName, run: Path, note: Callable[
     write_rejects(rejects_path, [reject for reading in readings.values() for reject in reading.rejects])
     for name, reading in readings.items():
         note(f"{name}: {describe(reading.account)}")
-        check_rate(
-            reading.account,
-            reading.rejects,
-            max_rate=config.data.max_reject_rate,
-            what=name,
-            rejects_path=rejects_path,
-        )
+        limit = config.data.max_reject_rate
+        check_rate(reading.account, reading.rejects, max_rate=limit, what=name, rejects_path=rejects_path)
     parts: dict[str, object] = {name: reading.content_hash for name, reading in readings.items()}
     train, held_out = readings[f"{key}.train"].records, ()
     if section.held_out is None:
