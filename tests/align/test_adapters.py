@@ -223,7 +223,7 @@ def test_two_processes_write_the_same_bytes(tmp_path: Path) -> None:
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
         command = [sys.executable, "-c", SAVE, str(tmp_path / hash_seed)]
         running.append(subprocess.Popen(command, env=environment, cwd=Path(__file__).parents[2]))
-    assert [process.wait(120) for process in running] == [0, 0]
+    assert [process.wait(600) for process in running] == [0, 0]
     for name in ("adapter_model.safetensors", "adapter_config.json"):
         assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
 

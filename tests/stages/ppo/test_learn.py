@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,7 +37,15 @@ def rolled_out(
     model: AdaptedModel, learner: ActorCritic, reward_head: ScalarHead, config: PPOConfig
 ) -> tuple[Rollout, list[torch.Tensor]]:
     codec = model.base.codec(None)
-    episodes = generate_episodes(model, codec, PROMPTS, sampling=sampling_of(config), seed=0, update=0)
+    episodes = [
+        # cut to several lengths, so that micro-batches differ in how many tokens they hold
+        replace(episode, response_ids=episode.response_ids[:length], sampler_logprobs=episode.sampler_logprobs[:length])
+        for episode, length in zip(
+            generate_episodes(model, codec, PROMPTS, sampling=sampling_of(config), seed=0, update=0),
+            (1, 6, 2, 5, 3, 3, 6, 1),
+            strict=True,
+        )
+    ]
     rollout = look(
         model,
         episodes,
@@ -74,7 +83,8 @@ def test_the_gradient_does_not_depend_on_the_micro_batch_size(kind: str, monkeyp
     assert whole.norm() > 1e-3
     for size in (1, 2, 4):
         cut = gradients_of_one_minibatch(kind, size, monkeypatch)
-        assert ((cut - whole).norm() / whole.norm()).item() < 2e-6
+        # Float32 over other paddings: 5·10⁻⁶ was seen. Means over micro-batches instead of tokens are off by 10⁻¹.
+        assert ((cut - whole).norm() / whole.norm()).item() < 1e-5
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -133,7 +143,7 @@ def test_target_kl_ends_the_update_after_the_step_that_passed_it(monkeypatch: py
     assert learn(learner, lesson, config, model, seed=0, update=0)["policy/stopped"] == 0
 
 
-def test_learning_makes_the_good_likelier_the_bad_less_likely_and_values_better() -> None:
+def test_learning_lowers_the_clipped_objective_below_where_it_started() -> None:
     model, learner, lesson, config = scene(loss={"epochs": 8, "minibatches": 1}, optimizer={"learning_rate": 5e-3})
     found = learn(learner, lesson, config, model, seed=0, update=0)
     assert found["loss/policy"] < -0.01  # at ratio 1 it is −mean(whitened A) = 0
