@@ -1,10 +1,22 @@
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from typing import cast
 
 import pytest
+import torch
 
+from align.config import EvaluationConfig
+from align.context import EvaluationInputs
+from align.episodes import Episode, collate, policy_pass, score_pass
 from align.evaluation.gold import NLL_BAND, base_nll, gold_score, repetition
-from align.evaluation.run import Answers, compare, distinct_2
-from tests.resident import logits_of, with_adapters
+from align.evaluation.run import Answers, compare, distinct_2, run_evaluation
+from align.generation import generate
+from align.heads import load_head
+from align.randomness import keyed_uniforms
+from data.tokenization import encode_prompt
+from tests.resident import logits_of, resident, with_adapters
+from tests.stages.scenes import SAMPLING, context_of, ppo_inputs
 
 # Two prompts of two answers each.
 SFT = Answers(
@@ -75,6 +87,50 @@ def test_distinct_2_is_the_share_of_different_word_pairs() -> None:
     assert distinct_2(["a b a b", "a b"]) == 0.5  # ab ba ab ab: 2 of 4
     assert distinct_2(["a b c d"]) == 1
     assert distinct_2(["a", ""]) == 0
+
+
+def evaluated(root: Path, policy: str) -> Mapping[str, object]:
+    """Evaluation of SFT against a policy that is the sft adapter itself, or the reward adapter."""
+    made = ppo_inputs(root)
+    assert made.sft is not None
+    adapter = {"sft": made.sft, "reward": made.reward_adapter}[policy]
+    inputs = EvaluationInputs(made.sft, adapter, made.reward_adapter, made.reward_head, made.prompts, SAMPLING)
+    config = EvaluationConfig(prompts=4, samples=3, gold="sentiment", show=2)
+    return run_evaluation(config, inputs, context_of(resident(), root, "evaluation")).metrics
+
+
+def test_a_policy_that_is_sft_answers_the_same_and_gains_nothing(tmp_path: Path) -> None:
+    found = evaluated(tmp_path, "sft")
+    expected = {"kl": 0.0, "gold_gain": 0.0, "score_gain": 0.0, "win_rate": 0.5, "nll_ratio": 1.0, "num_answers": 12}
+    assert {name: found[name] for name in expected} == expected
+    samples = cast("list[dict[str, str]]", found["samples"])
+    assert [sample["prompt"] for sample in samples] == ["say ", "say a"]
+    assert all(sample["sft"] == sample["ppo"] for sample in samples)
+
+
+def test_an_evaluation_by_a_plain_loop(tmp_path: Path) -> None:
+    found = evaluated(tmp_path, "reward")
+    made = ppo_inputs(tmp_path / "again")
+    model = with_adapters("llama", "sft", "reward")  # the adapters that the artifacts were made of
+    codec, head = model.base.codec(None), load_head(made.reward_head.path, device=model.device)[0]
+    prompts = [tuple(encode_prompt(codec, prompt.messages)) for prompt in made.prompts[:4] for _ in range(3)]
+    seed = context_of(model, tmp_path / "again", "evaluation").seed
+    uniforms = keyed_uniforms(seed, "evaluation", 0, list(range(12)), SAMPLING.max_response_length)
+    kls: list[float] = []
+    scores: list[float] = []
+    for row, prompt in enumerate(prompts):
+        with model.role("reward"):
+            [answer] = generate(model, codec, [prompt], sampling=SAMPLING, uniforms_BT=uniforms[row : row + 1])
+        batch = collate([Episode(prompt, answer.ids, answer.has_eos)], pad_id=codec.pad_id, device=model.device)
+        with torch.no_grad():
+            with model.role("sft"):
+                reference = policy_pass(model, batch).logprobs_BT.sum().item()
+            with model.role("reward"):
+                kls.append(policy_pass(model, batch).logprobs_BT.sum().item() - reference)
+                scores.append(score_pass(model, head, batch).item())
+    assert found["kl"] == pytest.approx(sum(kls) / 12, abs=1e-4)
+    assert found["score_ppo"] == pytest.approx(sum(scores) / 12, abs=1e-4)
+    assert abs(sum(kls)) > 1e-2
 
 
 # ---- gold ----
