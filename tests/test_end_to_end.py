@@ -1,0 +1,294 @@
+"""The command on configs/tiny.yaml, in processes of its own: real stages under a real Ray. What the driver does with
+stages that only pretend is in tests/align/test_driver.py, what the command says to a wrong call in test_cli.py."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.artifacts import sha256_of_file
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "configs" / "tiny.yaml"
+SIZES = ("ppo.updates=10", "ppo.checkpoint_every=1")  # long enough to be interrupted
+STEPS = ("sft", "reward", "ppo", "evaluation")
+REPRODUCIBLE = ("adapter", "head", "value_adapter", "metrics.jsonl")
+PATIENCE_SECONDS = 900.0  # for a machine that is busy with something else
+
+# issue 2, part 9
+SUMMARY_KEYS = {
+    "base": ["loads", "identity", "unchanged"],
+    "sft": ["nll_before", "nll_after"],
+    "reward": ["accuracy", "accuracy_ci95", "length_baseline_accuracy"],
+    "ppo": ["first_step_kl", "first_minibatch_ratio_error"],
+    "eval": [
+        "gold_sft",
+        "gold_ppo",
+        "gold_gain",
+        "gold_gain_ci95",
+        "score_sft",
+        "score_ppo",
+        "kl",
+        "win_rate",
+        "eos_rate",
+        "nll_ratio",
+        "distinct2_ratio",
+        "samples",
+    ],
+    "seconds": ["install_excluded_total", "sft", "reward", "ppo", "eval"],
+}
+
+
+@dataclass(frozen=True)
+class Shell:
+    """A user's: a home, and a folder in which the commands are run."""
+
+    folder: Path
+    environment: dict[str, str]
+
+    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "align.cli", *map(str, arguments)],
+            cwd=self.folder,
+            env=self.environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def align(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        process = self.start(*arguments)
+        stdout, stderr = process.communicate(timeout=PATIENCE_SECONDS)
+        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+    def run_tiny(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        finished = self.align("run", TINY, *SIZES, *arguments)
+        assert finished.returncode == 0, finished.stderr
+        return finished
+
+
+def new_shell(folder: Path, cache: Path) -> Shell:
+    """With a home of its own (Ray writes a token there), no hub, and nothing of Ray's that this process may hold."""
+    (folder / "home").mkdir()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    own = {"HOME": str(folder / "home"), "ALIGN_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
+    return Shell(folder, {**kept, **own, "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"})
+
+
+NewShell = Callable[[str], Shell]
+
+
+@pytest.fixture(scope="module")
+def shell_in(tmp_path_factory: pytest.TempPathFactory) -> NewShell:
+    cache = tmp_path_factory.getbasetemp() / "align-cache"
+    return lambda name: new_shell(tmp_path_factory.mktemp(name), cache)
+
+
+@pytest.fixture
+def shell(shell_in: NewShell) -> Shell:
+    return shell_in("shell")
+
+
+@pytest.fixture(scope="module")
+def whole(shell_in: NewShell) -> tuple[Shell, subprocess.CompletedProcess[str]]:
+    """One command that ran all stages, and its folder, to look at."""
+    shell = shell_in("whole")
+    return shell, shell.run_tiny()
+
+
+@pytest.fixture(scope="module")
+def staged(shell_in: NewShell) -> Shell:
+    """Three commands, a stage each."""
+    shell = shell_in("staged")
+    for stage in ("sft", "reward", "ppo"):
+        shell.run_tiny("--stage", stage)
+    return shell
+
+
+def run_of(shell: Shell) -> Path:
+    return shell.folder / "runs" / "tiny"
+
+
+def summary_of(shell: Shell) -> Any:
+    return json.loads((run_of(shell) / "summary.json").read_text())
+
+
+def reproducible(run: Path) -> dict[str, str]:
+    """The hash of every file that the same command and seed must give again."""
+    files = [file for name in REPRODUCIBLE for path in run.glob(f"*/{name}") for file in (path, *path.rglob("*"))]
+    return {file.relative_to(run).as_posix(): sha256_of_file(file) for file in sorted(files) if file.is_file()}
+
+
+def steps_said(finished: subprocess.CompletedProcess[str]) -> list[str]:
+    """The lines that say what is done about each step: "sft: run (not run yet)"."""
+    starts = tuple(f"{step}: {kind} (" for step in STEPS for kind in ("run", "skip", "resume"))
+    return [line for line in finished.stdout.splitlines() if line.startswith(starts)]
+
+
+def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not is_so():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def newest_checkpoint(run: Path) -> int:
+    return max((int(path.name.removeprefix("update-")) for path in run.glob("ppo/checkpoints/update-*")), default=0)
+
+
+def processes() -> Iterator[tuple[int, int, str]]:
+    """(pid, parent, title) of all that run."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            yield int(folder.name), parent, (folder / "cmdline").read_text().replace("\0", " ")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """The titles of all processes below `pid`."""
+    everything, found, new = list(processes()), dict[int, str](), {pid}
+    while new:
+        below = {child: title for child, parent, title in everything if parent in new and child not in found}
+        found |= below
+        new = set(below)
+    return found
+
+
+def finish(process: subprocess.Popen[str], below: dict[int, str]) -> subprocess.CompletedProcess[str]:
+    """Wait for a command that was interrupted. It leaves no process behind: `below` were its own."""
+    stdout, stderr = process.communicate(timeout=PATIENCE_SECONDS)
+    deadline = time.monotonic() + 60
+    while left := {pid for pid, _, title in processes() if below.get(pid) == title}:
+        assert time.monotonic() < deadline, {pid: below[pid] for pid in left}
+        time.sleep(0.2)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def test_one_command_runs_all_stages_and_leaves_every_number_that_is_promised(
+    whole: tuple[Shell, subprocess.CompletedProcess[str]],
+) -> None:
+    shell, finished = whole
+    summary = summary_of(shell)
+    for section, keys in SUMMARY_KEYS.items():
+        assert [key for key in keys if summary[section].get(key) is None] == []
+    assert summary["peak_rss_bytes"] > 100 * 2**20
+    assert summary["base"]["loads"] == 1
+    assert summary["base"]["unchanged"] is True
+    assert summary["ppo"]["first_step_kl"] == 0.0
+    assert summary["ppo"]["first_minibatch_ratio_error"] == 0.0
+    assert steps_said(finished) == [f"{step}: run (not run yet)" for step in STEPS]
+    for said in ("SFT: NLL per token", "reward: pair accuracy", "gold gain", "KL to the reference", "win rate"):
+        assert said in finished.stdout
+    assert finished.stdout.rstrip().endswith(f"results: {run_of(shell)}")
+    assert finished.stderr == ""
+
+
+def test_the_same_command_twice_gives_the_same_bytes(
+    whole: tuple[Shell, subprocess.CompletedProcess[str]], shell: Shell
+) -> None:
+    shell.run_tiny()
+    made = reproducible(run_of(shell))
+    assert made == reproducible(run_of(whole[0]))
+    assert {"sft/metrics.jsonl", "reward/head/head.safetensors", "ppo/adapter/adapter_model.safetensors"} <= set(made)
+    assert summary_of(shell)["eval"] == summary_of(whole[0])["eval"]
+
+
+def test_stage_by_stage_gives_the_same_bytes_as_one_command(
+    whole: tuple[Shell, subprocess.CompletedProcess[str]], staged: Shell
+) -> None:
+    assert reproducible(run_of(staged)) == reproducible(run_of(whole[0]))
+    for section in ("sft", "reward", "ppo", "eval"):
+        assert summary_of(staged)[section] == summary_of(whole[0])[section]
+
+
+def test_run_again_a_finished_run_is_left_as_it_is_and_ray_is_not_started(staged: Shell) -> None:
+    before = reproducible(run_of(staged))
+    home = staged.folder / "another-home"  # Ray leaves a token in the home folder of whoever starts it
+    home.mkdir()
+    again = Shell(staged.folder, {**staged.environment, "HOME": str(home)}).run_tiny()
+    assert steps_said(again) == [f"{step}: skip (inputs unchanged)" for step in STEPS]
+    assert "gold gain" in again.stdout
+    assert reproducible(run_of(staged)) == before
+    assert not list(home.glob(".ray*"))
+
+
+def test_a_ppo_that_is_killed_and_then_stopped_ends_with_the_same_bytes(
+    whole: tuple[Shell, subprocess.CompletedProcess[str]], staged: Shell, shell: Shell
+) -> None:
+    run = run_of(shell)
+    for step in ("sft", "reward"):
+        shutil.copytree(run_of(staged) / step, run / step)
+
+    process = shell.start("run", TINY, *SIZES)
+    wait_until(lambda: newest_checkpoint(run) >= 2, process)
+    below = descendants(process.pid)
+    (worker,) = (pid for pid, title in below.items() if title.startswith("ray::Worker"))
+    os.kill(worker, signal.SIGKILL)
+    killed = finish(process, below)
+    assert steps_said(killed)[:2] == ["sft: skip (inputs unchanged)", "reward: skip (inputs unchanged)"]
+    assert killed.returncode == 1
+    assert killed.stderr.startswith("error: the worker died (ppo)")
+    assert "--resume" in killed.stderr
+    assert "Traceback" not in killed.stderr
+    assert not (run / "ppo" / "result.json").exists()
+
+    first = newest_checkpoint(run)
+    process = shell.start("run", TINY, *SIZES, "--resume")
+    wait_until(lambda: newest_checkpoint(run) >= first + 2, process)
+    below = descendants(process.pid)
+    process.send_signal(signal.SIGINT)
+    stopped = finish(process, below)
+    assert steps_said(stopped)[-1] == f"ppo: resume (continues after update {first})"
+    assert stopped.returncode == 130
+    assert stopped.stderr.startswith("error: stopped; finished stages and checkpoints are kept.")
+    assert stopped.stderr.count("\n") == 1
+    assert not (run / "ppo" / "result.json").exists()
+
+    shell.run_tiny("--resume")
+    assert reproducible(run) == reproducible(run_of(whole[0]))
+    assert summary_of(shell)["eval"] == summary_of(whole[0])["eval"]
+
+
+def test_artifacts_of_another_base_are_refused_and_kept(staged: Shell) -> None:
+    before = reproducible(run_of(staged))
+    finished = staged.align("run", TINY, *SIZES, "--stage", "reward", "base.model=tiny:gpt2")
+    assert finished.returncode == 2
+    assert "was made on base" in finished.stderr
+    assert finished.stderr.count("\n") == 1
+    assert reproducible(run_of(staged)) == before
+
+
+@pytest.mark.parametrize(
+    ("rows", "arguments", "said"),
+    [
+        (None, ("data.sft.train=rows.jsonl",), "rows.jsonl: it does not exist"),
+        ("", ("data.sft.train=rows.jsonl",), "rows.jsonl is empty: it has no rows"),
+        ('{"prompt": "p", "completion": "c"}\n{broken\n', ("data.sft.train=rows.jsonl",), "rows.jsonl:2: malformed"),
+        (None, ("base.model=tiny:none",), "tiny:none is not known"),
+        (None, ("base.model=nobody/nothing",), "'nobody/nothing' (revision default) is neither a local folder"),
+        (None, ("--stage", "ppo"), "ppo needs the results of sft; first run: align run "),
+    ],
+    ids=["missing file", "empty data", "malformed line", "unknown tiny model", "unknown hub id", "before its inputs"],
+)
+def test_what_a_run_cannot_start_from_is_one_message_and_exit_code_2(
+    shell: Shell, rows: str | None, arguments: tuple[str, ...], said: str
+) -> None:
+    if rows is not None:
+        (shell.folder / "rows.jsonl").write_text(rows)
+    finished = shell.align("run", TINY, *arguments)
+    assert finished.returncode == 2
+    assert said in finished.stderr
+    assert finished.stderr.startswith("error: ")
+    assert finished.stderr.count("\n") == 1
