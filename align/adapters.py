@@ -124,9 +124,6 @@ class AdaptedModel:
         """Take every adapter off: the base as it was loaded."""
         if self._peft is not None:
             self._peft.unload()
-            # unload leaves PEFT's marks on the model, which a second PeftModel would warn of
-            for mark in ("peft_config", "_hf_peft_config_loaded"):
-                self.base.model.__dict__.pop(mark, None)
         self._peft = None
         self._role = (RAW_BASE, False)
 

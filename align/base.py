@@ -105,8 +105,6 @@ def load_base(config: BaseModelConfig) -> Base:
         ModelError: not found, not a decoder-only causal LM, damaged, or the device is not there.
     """
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     global _loads
     resolved = resolve_base(config)
@@ -119,11 +117,24 @@ def load_base(config: BaseModelConfig) -> Base:
         raise ModelError("base.device: cuda was asked for, and torch sees no CUDA device; use auto or cpu")
     device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16
-    trust = config.trust_remote_code
-    if trust:
+    if config.trust_remote_code:
         logging.getLogger(__name__).warning(
             "base.trust_remote_code is on: Python code that comes with %s runs on this machine", config.model
         )
+    model, tokenizer = _load_whole(folder, config, dtype)
+    _loads += 1
+    cast("torch.nn.Module", model).to(device).eval().requires_grad_(False)
+    return Base(resolved, model, tokenizer, _eos_ids(model, tokenizer), device, dtype)
+
+
+def _load_whole(
+    folder: Path, config: BaseModelConfig, dtype: "torch.dtype"
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """What transformers makes of the folder; refused if it would have to invent weights."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    trust = config.trust_remote_code
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
         model, info = cast(
@@ -143,9 +154,7 @@ def load_base(config: BaseModelConfig) -> Base:
             f"base.model: the weights in {folder} are not whole: {len(info['missing_keys'])} tensors are "
             f"missing, first {min(info['missing_keys'])}"
         )
-    _loads += 1
-    cast("torch.nn.Module", model).to(device).eval().requires_grad_(False)
-    return Base(resolved, model, tokenizer, _eos_ids(model, tokenizer), device, dtype)
+    return model, tokenizer
 
 
 def _eos_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from align.adapters import AdaptedModel
 from align.checkpoints import load_newest, save_checkpoint
 from align.config import PPOConfig
-from align.context import EvaluationInputs, PPOInputs, Sampling, StageContext, StageResult
+from align.context import PPOInputs, Sampling, StageContext, StageResult
 from align.errors import ArtifactError, InvariantError
 from align.heads import ScalarHead, ScoreStatistics, load_head
 from data.tokenization import encode_prompts
@@ -126,9 +126,7 @@ def _warn_of_truncation(config: PPOConfig) -> None:
         )
 
 
-def load_frozen_roles(
-    inputs: PPOInputs | EvaluationInputs, model: AdaptedModel, *, seed: int
-) -> tuple[ScalarHead, ScoreStatistics]:
+def load_frozen_roles(inputs: PPOInputs, model: AdaptedModel, *, seed: int) -> tuple[ScalarHead, ScoreStatistics]:
     """Load the reference and the reward model; returns its head and its score's scale."""
     if inputs.sft is None:
         model.add(REFERENCE, seed=seed)  # zero: the reference is then the base itself, by the same code path
@@ -136,6 +134,11 @@ def load_frozen_roles(
         model.load(REFERENCE, inputs.sft.path)
     model.load(REWARD, inputs.reward_adapter.path)
     head, statistics = load_head(inputs.reward_head.path, device=model.device)
+    if head.weight.shape[1] != model.hidden_size:
+        raise ArtifactError(
+            f"{inputs.reward_head.path} is a head for hidden size {head.weight.shape[1]}, this base has "
+            f"{model.hidden_size}; use the base that the reward model was trained on"
+        )
     if statistics is None:
         raise ArtifactError(
             f"{inputs.reward_head.path} holds no statistics.json (the score's mean and std on SFT samples): train the "

@@ -9,12 +9,12 @@ import torch
 import stages.ppo.rollout
 import stages.ppo.train
 from align.adapters import AdaptedModel
-from align.artifacts import Artifact
+from align.artifacts import Artifact, write_directory
 from align.config import PPOConfig
 from align.context import PPOInputs, StageResult
 from align.episodes import EpisodeBatch
 from align.errors import ArtifactError, InvariantError
-from align.heads import ScalarHead, ScoreStatistics
+from align.heads import ScalarHead, ScoreStatistics, save_head
 from stages.ppo.learn import estimate
 from stages.ppo.rollout import MicroBatch, Rollout
 from stages.ppo.train import describe, run_ppo, shape
@@ -330,3 +330,17 @@ def test_artifacts_name_their_stage_step_and_base(tmp_path: Path) -> None:
     result = run(tmp_path, ppo_config(updates=2), model=model)
     found: Artifact = result.artifact("adapter")
     assert (found.stage, found.step, found.base_identity) == ("ppo", 2, model.base_identity)
+
+
+def test_a_head_for_another_width_is_refused_with_both_widths(tmp_path: Path) -> None:
+    inputs = ppo_inputs(tmp_path)
+    wide = write_directory(
+        tmp_path / "wide",
+        lambda path: save_head(ScalarHead(48), path, ScoreStatistics(0.0, 1.0, 8)),
+        kind="head",
+        stage="reward",
+        step=1,
+        base_identity=inputs.reward_head.base_identity,
+    )
+    with pytest.raises(ArtifactError, match="hidden size 48, this base has 32"):
+        run(tmp_path, ppo_config(updates=1), replace(inputs, reward_head=wide))
