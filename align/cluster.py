@@ -66,7 +66,7 @@ def explain_shortage(asked: Asked, nodes: Sequence[Node], free: Mapping[str, flo
 
 
 class Cluster:
-    """Owns the connection to Ray and the worker; both start with the first call and end with the context.
+    """Owns the connection to Ray and the worker; both begin with `start` and end with the context.
 
     Args:
         poll: called a few times a second while the worker is busy.
@@ -102,17 +102,25 @@ class Cluster:
         if self._is_ours:
             ray.shutdown()
 
-    def run(self, call: StageCall) -> Outcome:
-        """Run one stage on the worker, which is started by the first call.
+    def start(self) -> None:
+        """Connect, place the worker and load the base, unless that is done already.
 
         Raises:
-            AlignError: the stage's own, as it was raised there.
-            WorkerError: the worker died, or raised something else.
+            PlacementError: there is no Ray, or no room on it.
+            AlignError: the worker's own, as it was raised there.
         """
         if self._worker is None:
             self._connect()
             self._worker = self._place()
             self._wait(self._worker.load.remote(), doing="loading the base model")
+
+    def run(self, call: StageCall) -> Outcome:
+        """Run one stage on the worker.
+
+        Raises:
+            AlignError: the stage's own, as it was raised there.
+            WorkerError: the worker died, or raised something else.
+        """
         return self._wait(self._worker.run.remote(call), doing=call.step)
 
     def _connect(self) -> None:

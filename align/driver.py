@@ -80,12 +80,12 @@ def run_pipeline(
                 decision = decide(step, run / step, prepared.fingerprint, resume=resume, fresh=fresh, command=command)
                 display.step(step, f"{decision.kind} ({decision.reason})")
                 if decision.finished is None:
+                    cluster.start()  # ahead of begin, which clears the step's folder: first see that it can run
                     begin(run / step, prepared.fingerprint, keep=decision.kind == "resume")
                     watch.start()
                     outcome = cluster.run(stage_call(step, stages[step], config, prepared, run, decision))
                     write_finished(run / step, finish(step, outcome, prepared, display))
                 journal.record(has_run=decision.kind == "run")
-        display.close()
         return journal.summary
 
 

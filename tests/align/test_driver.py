@@ -184,6 +184,13 @@ def test_what_ray_cannot_place_is_said(folder: Path, ray_cluster: None) -> None:
         run(folder, "cluster.cpus=64", "cluster.placement_timeout_seconds=0.5")
 
 
+def test_what_cannot_be_placed_deletes_nothing(folder: Path, ray_cluster: None) -> None:
+    run(folder, stage="sft")
+    with pytest.raises(PlacementError):
+        run(folder, "cluster.cpus=64", "cluster.placement_timeout_seconds=0.5", stage="sft", fresh=True)
+    assert (run_of(folder) / "sft" / "result.json").exists()
+
+
 def test_ctrl_c_says_how_to_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(self: Cluster) -> None:
         raise KeyboardInterrupt
