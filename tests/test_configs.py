@@ -119,6 +119,8 @@ class WorkerInThisProcess:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None: ...
 
+    def start(self) -> None: ...
+
     def run(self, call: StageCall) -> Outcome:
         self._model.reset()
         tracker = Tracker(call.folder, stage=call.step)
