@@ -15,6 +15,7 @@ from align.worker import Outcome, StageCall, Worker
 
 _OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray of our own: only the records pass through it
 _POLL_SECONDS = 0.3
+_SLOW_START = "timed out during startup"  # Ray's own limit, 30 s and fixed: one more try helps on a busy machine
 _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entrypoint of a submitted job
 
 
@@ -133,24 +134,22 @@ class Cluster:
         if address == "local" and is_in_ray_job():
             address = "auto"
         is_own = address == "local"
-        try:
-            ray.init(
-                address=address,
-                namespace="align",
-                object_store_memory=_OBJECT_STORE_BYTES if is_own else None,  # a running cluster has its own already
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-        except Exception as error:  # Ray raises a bare one when its own node is slow to start
-            ray.shutdown()
-            remedy = (
-                "Is the machine overloaded, or /tmp full? Run again."
-                if is_own
-                else "Start it (ray start --head), or use cluster.address=local for a Ray of this run's own."
-            )
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise PlacementError(f"cluster.address: {address!r}: no connection to Ray: {reason} {remedy}") from error
+        for attempt in (1, 2):
+            try:
+                ray.init(
+                    address=address,
+                    namespace="align",
+                    object_store_memory=_OBJECT_STORE_BYTES if is_own else None,  # a running cluster has its own
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
+                break
+            except Exception as error:  # Ray raises a bare one when its own node is slow to start
+                ray.shutdown()
+                if attempt == 1 and is_own and _SLOW_START in str(error):
+                    continue
+                raise PlacementError(_no_connection(address, error, is_own=is_own)) from error
         self._is_ours = True
 
     def _place(self) -> Any:
@@ -203,11 +202,21 @@ class Cluster:
         return path
 
 
+def _no_connection(address: str, error: Exception, *, is_own: bool) -> str:
+    remedy = (
+        "Is the machine overloaded, or /tmp full? Run again."
+        if is_own
+        else "Start it (ray start --head), or use cluster.address=local for a Ray of this run's own."
+    )
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"cluster.address: {address!r}: no connection to Ray: {reason} {remedy}"
+
+
 def _as_node(resources: Mapping[str, float]) -> Node:
     return Node(cpus=int(resources.get("CPU", 0)), gpus=int(resources.get("GPU", 0)))
 
 
 def _condense(error: Exception) -> str:
-    """Ray's cause without its table of ids."""
+    """Ray's cause without its table of ids and its list of guesses."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("\t")]
-    return " ".join(lines)
+    return re.split(r" (?:Some common|There are some potential root) causes", " ".join(lines))[0]

@@ -1,11 +1,13 @@
 """What a stage is given and gives back: the few shared handles, the records of inputs, the record of results."""
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.artifacts import Artifact
+from align.config import RolloutConfig
 from align.errors import DataError
 from align.tracking import Tracker
 from data.records import Account, Comparison, Demonstration, Prompt, Reject
@@ -26,6 +28,10 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     min_response_length: int = 0
+
+    @staticmethod
+    def of(rollout: RolloutConfig) -> "Sampling":
+        return Sampling(**{name: getattr(rollout, name) for name in Sampling.__dataclass_fields__})
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,7 @@ class StageContext:
             DataError: more than data.max_reject_rate of them, or none is left.
         """
         account = Account.of(rows_in, rejects)
+        logging.getLogger(__name__).info("%s: %s, once tokenized: %s", self.folder.name, what, describe(account))
         path = self.folder / f"rejects-{what}-tokens.jsonl"
         if self.rank == 0:
             write_rejects(path, rejects)
@@ -101,7 +108,6 @@ class StageResult:
     artifacts: tuple[Artifact, ...]
     metrics: Mapping[str, object]
     account: Account | None = None
-    notes: tuple[str, ...] = field(default=())  # said to the user at the end of the stage
 
     def artifact(self, kind: str) -> Artifact:
         return next(artifact for artifact in self.artifacts if artifact.kind == kind)

@@ -12,16 +12,15 @@ from align.base import resolve_base
 from align.cluster import Cluster, is_in_ray_job
 from align.config import Config
 from align.errors import AlignError, StoppedError, UsageError
-from align.handover import FinishedStep, begin, build_inputs, current_results, gather, write_finished
+from align.handover import FinishedStep, begin, build_inputs, current_results, gather, read_finished, write_finished
 from align.installation import import_root, verify_current_folder
 from align.intake import StageData, parts_of_step, read_stage_data
 from align.messages import MessageReader
-from align.pipeline import Decision, Fingerprint, StepName, decide, fingerprint, refuse_unfinished, steps_to_do
+from align.pipeline import Decision, Fingerprint, StepName, decide, fingerprint, refuse_unfinished, stale, steps_to_do
 from align.settings import dump
 from align.status import Status, occupied, read_status, write_end
 from align.summary import summarize, write_lineage
 from align.worker import Outcome, StageCall, StageFunction
-from data.rejects import describe
 
 STEPS: tuple[StepName, ...] = ("sft", "reward", "ppo", "evaluation")
 
@@ -66,7 +65,6 @@ def run_pipeline(
     run = run_folder(config)
     verify_current_folder()
     with occupied(run), _said_if_stopped(run, display, command):
-        (run / "config.yaml").write_text(dump(config), encoding="utf-8")
         if "ppo" in steps:
             refuse_unfinished(run / "ppo", resume=resume, fresh=fresh, command=command)
         base_identity = resolve_base(config.base).identity
@@ -78,14 +76,18 @@ def run_pipeline(
                 stage_data = data["ppo" if step == "evaluation" else step]
                 prepared = prepare(step, config, stage_data, run=run, base_identity=base_identity, command=command)
                 decision = decide(step, run / step, prepared.fingerprint, resume=resume, fresh=fresh, command=command)
+                if step == steps[0]:  # not before: a refused command leaves the config of what is there
+                    (run / "config.yaml").write_text(dump(config), encoding="utf-8")
+                    warn_of_stale(config, steps[0], run=run, base_identity=base_identity, display=display)
                 display.step(step, f"{decision.kind} ({decision.reason})")
                 if decision.finished is None:
                     cluster.start()  # ahead of begin, which clears the step's folder: first see that it can run
                     begin(run / step, prepared.fingerprint, keep=decision.kind == "resume")
                     watch.start()
                     outcome = cluster.run(stage_call(step, stages[step], config, prepared, run, decision))
-                    write_finished(run / step, finish(step, outcome, prepared, display))
-                journal.record(has_run=decision.kind == "run")
+                    write_finished(run / step, finish(outcome, prepared))
+                    journal.count(outcome)
+                journal.record()
         return journal.summary
 
 
@@ -125,15 +127,21 @@ def stage_call(
     )
 
 
-def finish(step: StepName, outcome: Outcome, prepared: Prepared, display: Display) -> FinishedStep:
+def finish(outcome: Outcome, prepared: Prepared) -> FinishedStep:
     result = outcome.result
-    for note in result.notes:
-        display.note(note)
     accounts: dict[str, object] = {key: asdict(account) for key, account in prepared.data.accounts.items()}
     if result.account is not None:
-        display.note(f"{step}, once tokenized: {describe(result.account)}")
         accounts["stage"] = asdict(result.account)
     return FinishedStep(prepared.fingerprint, result.artifacts, result.metrics, accounts, outcome.vitals)
+
+
+def warn_of_stale(config: Config, first: StepName, *, run: Path, base_identity: str, display: Display) -> None:
+    """A command for one stage takes the earlier ones as they stand: say where the config has moved on since."""
+    for step in STEPS[: STEPS.index(first)]:
+        finished = read_finished(run / step)
+        changed = finished and stale(step, finished, config, base_identity=base_identity)
+        if changed:
+            display.note(f"warning: {step} stands as it was run before, though since then {changed}")
 
 
 class Journal:
@@ -146,12 +154,17 @@ class Journal:
         self._started = time.monotonic()
         self._earlier_seconds = _earlier_seconds(run)
         self._num_run = 0
+        self._resumed_seconds = 0.0
         self.summary: dict[str, object] = {}
 
-    def record(self, *, has_run: bool) -> None:
-        self._num_run += has_run
+    def count(self, outcome: Outcome) -> None:
+        """A step that this command has run, or has brought to its end."""
+        self._num_run += 1
+        self._resumed_seconds += outcome.resumed_seconds
+
+    def record(self) -> None:
         finished = current_results(self._run, STEPS)
-        now = time.monotonic() - self._started
+        now = time.monotonic() - self._started + self._resumed_seconds
         # Results of earlier commands bring the time that these took; what was run again is not counted twice.
         is_whole = self._num_run == len(finished)
         total = now if is_whole else self._earlier_seconds + (now if self._num_run else 0.0)

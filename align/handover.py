@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from align.artifacts import MANIFEST, Artifact, read_artifact, read_json, sha256_of_file, sha256_of_json, write_json
-from align.config import Config, RolloutConfig
+from align.config import Config
 from align.context import EvaluationInputs, PPOInputs, RewardInputs, Sampling, SFTInputs
 from align.errors import ArtifactError, UsageError
 from align.intake import StageData
@@ -173,7 +173,7 @@ def build_inputs(step: str, config: Config, data: StageData, artifacts: Mapping[
         train = cast(tuple[Demonstration, ...], data.train)
         held_out = cast(tuple[Demonstration, ...], data.held_out)
         return SFTInputs(train=train, held_out=held_out, adapter=artifacts["adapter"])
-    sampling = sampling_of(config.ppo.rollout)
+    sampling = Sampling.of(config.ppo.rollout)
     if step == "reward":
         return RewardInputs(
             sft=artifacts["sft"],
@@ -201,15 +201,3 @@ def _required(artifacts: Mapping[str, Artifact | None], name: str) -> Artifact:
     if artifact is None:
         raise ArtifactError(f"no {name}: put reward into run.stages, or give reward.adapter")
     return artifact
-
-
-def sampling_of(rollout: RolloutConfig) -> Sampling:
-    return Sampling(
-        temperature=rollout.temperature,
-        max_response_length=rollout.max_response_length,
-        max_prompt_length=rollout.max_prompt_length,
-        batch_size=rollout.batch_size,
-        top_k=rollout.top_k,
-        top_p=rollout.top_p,
-        min_response_length=rollout.min_response_length,
-    )

@@ -75,6 +75,12 @@ def fingerprint(
     return json.loads(json.dumps(kept))  # as it will be read back: tuples are lists
 
 
+def stale(step: StepName, finished: FinishedStep, config: Config, *, base_identity: str) -> str:
+    """What of the settings has changed since a step finished, for people; its data is not looked at."""
+    settings = fingerprint(step, config, base_identity=base_identity, data={}, inputs={})
+    return changes({key: finished.fingerprint.get(key) for key in settings}, settings)
+
+
 def _flat(section: BaseModel, prefix: str) -> dict[str, object]:
     flat: dict[str, object] = {}
     for name, value in section:

@@ -29,6 +29,7 @@ class Tracker:
         self._last_metrics: dict[str, float] = {}
         self._last_write = 0.0
         self._first_done: int | None = None
+        self.resumed_seconds = 0.0  # what the kept lines of a resumed stage took
         for name in ("metrics.jsonl", "timings.jsonl"):
             if not resume:
                 (folder / name).write_text("", encoding="utf-8")
@@ -45,6 +46,8 @@ class Tracker:
             if path.exists():
                 whole = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
                 kept = [line for line in whole if json.loads(line)["step"] <= step]
+                for values in map(json.loads, kept):
+                    self.resumed_seconds += sum(v for key, v in values.items() if key.startswith("seconds/"))
                 path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

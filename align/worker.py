@@ -45,6 +45,7 @@ class StageCall:
 class Outcome:
     result: "StageResult"
     vitals: "Vitals"
+    resumed_seconds: float = 0.0  # of a stopped command's work that was kept; part of vitals.seconds, too
 
 
 class Worker:
@@ -107,7 +108,8 @@ class Worker:
                 f"{call.step} changed the base model: its checksum was {self._checksum}, now it is {checksum}. "
                 "Nothing of this stage is kept; please report it with the config."
             )
-        return Outcome(result, _vitals(time.perf_counter() - started))
+        seconds = time.perf_counter() - started + tracker.resumed_seconds
+        return Outcome(result, _vitals(seconds), tracker.resumed_seconds)
 
 
 def _vitals(seconds: float) -> "Vitals":

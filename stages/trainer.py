@@ -19,6 +19,11 @@ class ReportToTracker(TrainerCallback):
         self._tracker = tracker
         self._prefix = prefix
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        self._tracker.progress(0, state.max_steps, "training")
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:

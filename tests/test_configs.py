@@ -3,13 +3,11 @@ the base and the hub's data replaced by tiny ones of the same shape, and a worke
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import pytest
-import torch
 
 from align import settings
 from align.adapters import AdaptedModel
@@ -128,17 +126,6 @@ class WorkerInThisProcess:
         context = StageContext(self._model, tracker, call.folder, seed, call.system_prompt, call.max_reject_rate)
         result = call.function(call.config, call.inputs, context)
         return Outcome(result, Vitals(0.0, 1, None, 1, True))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread_and_a_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ALIGN_CACHE", str(tmp_path_factory.getbasetemp() / "align-cache"))
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

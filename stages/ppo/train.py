@@ -19,12 +19,15 @@ from stages.ppo.actor_critic import ActorCritic
 from stages.ppo.learn import Lesson, estimate, learn, ratio_tolerance
 from stages.ppo.rollout import REFERENCE, REWARD, Heads, Rollout, generate_episodes, look, prompt_indices
 
+_log = logging.getLogger(__name__)
+
 
 def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> StageResult:
     """Train a policy adapter against the reward model with PPO (Schulman et al. 2017; Ziegler et al. 2019).
 
     Raises:
-        ArtifactError: an input is damaged or was made on another base.
+        ArtifactError: the reward head is damaged, of another width, or without its statistics.
+        DataError: too many prompts do not fit, or none does.
         InvariantError: a run-time invariant does not hold (see DESIGN).
     """
     model, tracker = context.model, context.tracker
@@ -36,17 +39,16 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
     scale = statistics if config.rewards.normalize else ScoreStatistics(0.0, 1.0, 0)
     learner = ActorCritic(model, reward_head, scale, config.critic, config.optimizer)
     heads = Heads(reward_head, learner.value_head, learner.critic_is_adapter)
-    first_update, kept, notes = _resume(learner, context)
+    first_update, kept = _resume(learner, context)
     frozen = {name: model.checksum(name) for name in (REFERENCE, REWARD)}
-    sampling = sampling_of(config)
+    sampling = Sampling.of(config.rollout)
     beta = config.kl.coefficient
     _warn_of_truncation(config)
 
     for update in range(first_update, config.updates):
         clock = [time.perf_counter()]
         rate = learner.set_learning_rate(update, config.updates)
-        doing = f"update {update + 1}/{config.updates}"
-        tracker.progress(update, config.updates, doing)
+        tracker.progress(update, config.updates, f"update {update + 1}")
 
         # Roll out
         numbers = prompt_indices(context.seed, update, num_episodes=config.rollout.episodes, num_prompts=len(prompts))
@@ -96,20 +98,7 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
 
     tracker.progress(config.updates, config.updates, "done")
     artifacts = learner.save(context.folder, step=config.updates)
-    return StageResult("ppo", artifacts, {**kept, "updates": config.updates}, account, tuple(notes))
-
-
-def sampling_of(config: PPOConfig) -> Sampling:
-    rollout = config.rollout
-    return Sampling(
-        temperature=rollout.temperature,
-        max_response_length=rollout.max_response_length,
-        max_prompt_length=rollout.max_prompt_length,
-        batch_size=rollout.batch_size,
-        top_k=rollout.top_k,
-        top_p=rollout.top_p,
-        min_response_length=rollout.min_response_length,
-    )
+    return StageResult("ppo", artifacts, {**kept, "updates": config.updates}, account)
 
 
 def _warn_of_truncation(config: PPOConfig) -> None:
@@ -120,7 +109,7 @@ def _warn_of_truncation(config: PPOConfig) -> None:
         if getattr(rollout, name) != off
     ]
     if on:
-        logging.getLogger(__name__).warning(
+        _log.warning(
             "ppo.rollout: %s: samples leave the distribution that logprobs and KL are taken of, so both are biased",
             ", ".join(on),
         )
@@ -195,18 +184,20 @@ def describe(rollout: Rollout, lesson: Lesson, shaped: list[Tensor], kl_coeffici
     return {name: value.item() for name, value in values.items()} | gaps
 
 
-def _resume(learner: ActorCritic, context: StageContext) -> tuple[int, dict[str, float], list[str]]:
-    """The update to begin with, the first update's verified numbers, and notes for the user."""
+def _resume(learner: ActorCritic, context: StageContext) -> tuple[int, dict[str, float]]:
+    """The update to begin with, and the first update's verified numbers."""
     if not context.resume:
-        return 0, {}, []
+        return 0, {}
     checkpoint, notes = load_newest(context.folder / "checkpoints", base_identity=context.model.base_identity)
+    for note in notes:
+        _log.warning(note)
     if checkpoint is None:
         context.tracker.rewind(0)
-        return 0, {}, notes
+        return 0, {}
     learner.restore(checkpoint)
     context.tracker.rewind(checkpoint.step)
     kept = {key: float(str(value)) for key, value in checkpoint.state.items() if key != "environment"}
-    return checkpoint.step, kept, [*notes, f"resumed after update {checkpoint.step}"]
+    return checkpoint.step, kept
 
 
 def _verify_policy_is_reference(rollout: Rollout, model: AdaptedModel) -> float:

@@ -1,5 +1,6 @@
 """Reward modelling: TRL's RewardTrainer trains the `reward` adapter and a scalar head on the resident base."""
 
+import logging
 import tempfile
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from align.artifacts import write_directory
 from align.config import RewardConfig
 from align.context import RewardInputs, StageContext, StageResult
 from align.episodes import Episode, collate, score_pass
-from align.errors import InvariantError
+from align.errors import DataError, InvariantError
 from align.generation import generate
 from align.heads import ScalarHead, ScoreStatistics, save_head
 from align.randomness import keyed_uniforms
@@ -27,6 +28,7 @@ from data.tokenization import Codec, TokenizedComparison, encode_comparisons, en
 from stages.reward import objective
 from stages.trainer import ReportToTracker, trainer_arguments
 
+_log = logging.getLogger(__name__)
 SFT = "sft"
 REWARD = "reward"
 _STATISTICS_PROMPTS = 128  # at most: the mean and spread of a score need no more
@@ -57,7 +59,6 @@ def run_reward(config: RewardConfig, inputs: RewardInputs, context: StageContext
     else:
         model.load(REWARD, inputs.adapter.path)
     head = ScalarHead(model.hidden_size).initialize(context.seed).to(model.device)
-    tracker.progress(0, 1, "training")
     steps = _train(config, train, head, codec, context)
 
     tracker.progress(0, 2, "held-out pairs")
@@ -81,7 +82,7 @@ def run_reward(config: RewardConfig, inputs: RewardInputs, context: StageContext
         **own,  # type: ignore[arg-type]
     )
     metrics = {**_held_out_metrics(chosen_B, rejected_B, train, held_out), "steps": steps}
-    metrics |= {"score_mean": statistics.mean, "score_std": statistics.std}
+    metrics |= {"score_mean": statistics.mean, "score_std": statistics.std, "score_responses": statistics.num_responses}
     return StageResult("reward", (adapter, saved_head), metrics, account)
 
 
@@ -167,7 +168,20 @@ def measure_scale(
     """The score's mean and standard deviation on one SFT response to each held-out prompt."""
     model, sampling = context.model, inputs.sampling
     distinct = {record.prompt: Prompt(record.prompt, record.source) for record in inputs.held_out}
-    prompts, _ = encode_prompts(codec, list(distinct.values()), max_prompt_length=sampling.max_prompt_length)
+    prompts, too_long = encode_prompts(codec, list(distinct.values()), max_prompt_length=sampling.max_prompt_length)
+    if not prompts:
+        raise DataError(
+            f"data.reward: none of the {len(distinct)} held-out prompts fits ppo.rollout.max_prompt_length "
+            f"{sampling.max_prompt_length}, so the score's mean and spread cannot be measured; raise it"
+        )
+    if too_long:
+        _log.warning(
+            "reward: the score's mean and spread are measured without %d of %d held-out prompts, which are over "
+            "ppo.rollout.max_prompt_length %d",
+            len(too_long),
+            len(distinct),
+            sampling.max_prompt_length,
+        )
     ids = [prompt.ids for prompt in prompts[:_STATISTICS_PROMPTS]]
     uniforms = keyed_uniforms(context.seed, "statistics", 0, list(range(len(ids))), sampling.max_response_length)
     with model.role(SFT):

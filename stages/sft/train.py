@@ -1,6 +1,7 @@
 """Supervised fine-tuning: TRL's SFTTrainer trains the `sft` adapter on the resident base."""
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -42,8 +43,17 @@ def run_sft(config: SFTConfig, inputs: SFTInputs, context: StageContext) -> Stag
         model.add(SFT, seed=context.seed)
     else:
         model.load(SFT, inputs.adapter.path)
-    nll_before = held_out_nll(model, held_out, batch_size=config.micro_batch_size, pad_id=codec.pad_id)
-    tracker.progress(0, 1, "training")
+
+    def measure() -> float:
+        return held_out_nll(
+            model,
+            held_out,
+            batch_size=config.micro_batch_size,
+            pad_id=codec.pad_id,
+            on_progress=lambda done, total: tracker.progress(done, total, "held-out NLL"),
+        )
+
+    nll_before = measure()
     with (
         lent(model.peft),
         model.role(SFT, train=True),
@@ -64,7 +74,7 @@ def run_sft(config: SFTConfig, inputs: SFTInputs, context: StageContext) -> Stag
         trainer.remove_callback(PrinterCallback)
         model.verify_trainable()
         steps = trainer.train().global_step
-    nll_after = held_out_nll(model, held_out, batch_size=config.micro_batch_size, pad_id=codec.pad_id)
+    nll_after = measure()
 
     artifact = write_directory(
         context.folder / "adapter",
@@ -85,11 +95,20 @@ def _labelled(row: TokenizedDemonstration) -> dict[str, list[int] | int]:
 
 
 @torch.no_grad()
-def held_out_nll(model: AdaptedModel, rows: list[TokenizedDemonstration], *, batch_size: int, pad_id: int) -> float:
+def held_out_nll(
+    model: AdaptedModel,
+    rows: list[TokenizedDemonstration],
+    *,
+    batch_size: int,
+    pad_id: int,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> float:
     """Mean NLL in nats over all learnt tokens of the rows, with the `sft` adapter, dropout off."""
     logprobs = []
+    groups = length_sorted_batches([len(row.ids) for row in rows], batch_size)
     with model.role(SFT):
-        for group in length_sorted_batches([len(row.ids) for row in rows], batch_size):
+        for done, group in enumerate(groups):
+            on_progress(done, len(groups))
             ids_BS, is_token_BS = right_pad([rows[i].ids for i in group], pad_id, model.device)
             is_learnt_BS, _ = right_pad([rows[i].is_response for i in group], 0, model.device)
             at_B, before_S = is_learnt_BS[:, 1:].nonzero(as_tuple=True)  # nothing predicts a row's first token

@@ -15,9 +15,7 @@ def fake_sft(config: Any, inputs: Any, context: StageContext) -> StageResult:
     context.tracker.progress(0, 1, "pretending")
     context.tracker.log(1, {"loss": 0.5})
     artifact = _write(context, "adapter", str(config.learning_rate))
-    return StageResult(
-        "sft", (artifact,), {"nll_before": 2.0, "nll_after": 1.0, "seed": context.seed}, notes=("a note",)
-    )
+    return StageResult("sft", (artifact,), {"nll_before": 2.0, "nll_after": 1.0, "seed": context.seed})
 
 
 def fake_reward(config: Any, inputs: Any, context: StageContext) -> StageResult:
@@ -28,6 +26,8 @@ def fake_reward(config: Any, inputs: Any, context: StageContext) -> StageResult:
 
 def fake_ppo(config: Any, inputs: Any, context: StageContext) -> StageResult:
     started_at = 2 if context.resume else 0
+    if context.resume:
+        context.tracker.rewind(2)
     return StageResult("ppo", (_write(context, "adapter", "p"),), {"first_update": started_at})
 
 
@@ -54,6 +54,8 @@ def touching_the_base(config: Any, inputs: Any, context: StageContext) -> StageR
 
 
 def stopping_half_way(config: Any, inputs: Any, context: StageContext) -> StageResult:
+    context.tracker.log_timing(2, {"seconds/learn": 1000.0})
+    context.tracker.log_timing(3, {"seconds/learn": 50.0})
     _write(context, "checkpoint", "c", name="checkpoints/update-00002")
     raise KeyboardInterrupt
 

@@ -1,7 +1,12 @@
-import pytest
+from contextlib import nullcontext
+from pathlib import Path
 
-from align.cluster import Asked, Node, explain_shortage, is_in_ray_job, resources_to_ask
-from align.config import BaseModelConfig, ClusterConfig
+import pytest
+import ray
+
+from align.cluster import Asked, Cluster, Node, explain_shortage, is_in_ray_job, resources_to_ask
+from align.config import BaseModelConfig, ClusterConfig, Config
+from align.errors import PlacementError
 
 CPU_NODE, GPU_NODE = Node(cpus=16, gpus=0), Node(cpus=8, gpus=2)
 
@@ -64,3 +69,24 @@ def test_a_ray_job_is_known_by_what_ray_sets(monkeypatch: pytest.MonkeyPatch) ->
     assert not is_in_ray_job()
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert is_in_ray_job()
+
+
+@pytest.mark.parametrize(("failures", "calls"), [(1, 2), (2, 2)])
+def test_a_ray_that_is_slow_to_start_is_tried_once_more(
+    failures: int, calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+
+    def slow(**options: object) -> None:
+        tried.append(str(options["address"]))
+        if len(tried) <= failures:
+            raise Exception("The current node timed out during startup. The rest.")
+
+    monkeypatch.setattr(ray, "init", slow)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    config = Config.model_validate({"run": {"name": "r", "stages": ["sft"]}, "data": {"sft": {"train": "a.jsonl"}}})
+    cluster = Cluster(config, run=tmp_path, import_root=tmp_path, poll=lambda: None, command="align run")
+    with nullcontext() if failures == 1 else pytest.raises(PlacementError, match="timed out during startup"):
+        cluster._connect()  # pyright: ignore[reportPrivateUsage]
+    assert tried == ["local"] * calls

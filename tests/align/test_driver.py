@@ -9,7 +9,7 @@ import pytest
 from align import settings
 from align.cluster import Cluster
 from align.driver import run_pipeline
-from align.errors import DataError, InvariantError, PlacementError, StoppedError, UsageError, WorkerError
+from align.errors import AlignError, DataError, InvariantError, PlacementError, StoppedError, UsageError, WorkerError
 from align.randomness import stage_seed
 from align.status import Status, read_state
 from align.worker import StageFunction
@@ -93,7 +93,6 @@ def test_a_run_writes_its_config_lineage_and_rejects(finished: tuple[Path, dict[
     assert lineage["versions"]["ray"].startswith("2.")
     assert (run_of(folder) / "sft" / "rejects.jsonl").read_text() == ""
     assert "data.sft.train: 20 rows in, 20 kept" in display.notes
-    assert "a note" in display.notes
     assert read_state(run_of(folder), 0.0).state == "finished"
 
 
@@ -134,6 +133,38 @@ def test_a_changed_setting_runs_its_step_again_and_what_depends_on_it(folder: Pa
     run(folder, "reward.epochs=2", "sft.learning_rate=0.1", display=display)
     assert [text.split(" ")[0] for _, text in display.steps] == ["run", "run", "run", "run"]
     assert "its input sft changed" in display.steps[1][1]
+
+
+def test_a_stage_alone_warns_of_settings_that_the_earlier_ones_were_not_run_with(
+    folder: Path, ray_cluster: None
+) -> None:
+    run(folder, stage="sft")
+    display = Recorder()
+    run(folder, "sft.learning_rate=0.1", stage="reward", display=display)
+    (warning,) = [note for note in display.notes if note.startswith("warning")]
+    assert "sft stands as it was run before, though since then config sft.learning_rate changed" in warning
+    run(folder, stage="reward", display=(quiet := Recorder()))
+    assert not [note for note in quiet.notes if note.startswith("warning")]
+
+
+def test_a_refused_command_leaves_the_config_of_what_is_there(
+    finished: tuple[Path, dict[str, Any], Recorder], no_ray: None
+) -> None:
+    folder = finished[0]
+    before = (run_of(folder) / "config.yaml").read_text()
+    with pytest.raises(AlignError, match="base"):
+        run(folder, "base.model=tiny:gpt2", stage="reward")
+    with pytest.raises(UsageError, match=r"--resume refused, sft: config sft\.epochs changed"):
+        run(folder, "sft.epochs=7", resume=True)
+    assert (run_of(folder) / "config.yaml").read_text() == before
+
+
+def test_the_time_of_a_resumed_step_holds_what_was_kept_of_the_stopped_one(folder: Path, ray_cluster: None) -> None:
+    with pytest.raises(WorkerError):
+        run(folder, change={"ppo": fake_stages.stopping_half_way})
+    seconds = run(folder, resume=True)["seconds"]
+    assert seconds["ppo"] > 1000
+    assert seconds["install_excluded_total"] > 1000
 
 
 def test_a_stage_before_its_inputs_is_refused_without_ray(folder: Path, no_ray: None) -> None:

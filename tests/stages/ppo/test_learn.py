@@ -6,12 +6,13 @@ import torch
 
 from align.adapters import AdaptedModel
 from align.config import PPOConfig
+from align.context import Sampling
 from align.errors import InvariantError
 from align.heads import ScalarHead, ScoreStatistics
 from stages.ppo.actor_critic import ActorCritic
 from stages.ppo.learn import Lesson, estimate, learn
 from stages.ppo.rollout import Heads, Rollout, generate_episodes, look
-from stages.ppo.train import sampling_of, shape
+from stages.ppo.train import shape
 from tests.resident import with_adapters
 from tests.stages.scenes import nudge, ppo_config
 
@@ -41,7 +42,7 @@ def rolled_out(
         # cut to several lengths, so that micro-batches differ in how many tokens they hold
         replace(episode, response_ids=episode.response_ids[:length], sampler_logprobs=episode.sampler_logprobs[:length])
         for episode, length in zip(
-            generate_episodes(model, codec, PROMPTS, sampling=sampling_of(config), seed=0, update=0),
+            generate_episodes(model, codec, PROMPTS, sampling=Sampling.of(config.rollout), seed=0, update=0),
             (1, 6, 2, 5, 3, 3, 6, 1),
             strict=True,
         )

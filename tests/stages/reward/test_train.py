@@ -1,5 +1,6 @@
 from collections.abc import Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from align.artifacts import Artifact, write_directory
 from align.config import RewardConfig
 from align.context import RewardInputs, StageResult
 from align.episodes import Episode, collate, score_pass
-from align.errors import InvariantError
+from align.errors import DataError, InvariantError
 from align.generation import generate
 from align.heads import ScalarHead, load_head
 from align.randomness import keyed_uniforms
@@ -219,3 +220,17 @@ def test_a_brought_adapter_is_where_training_starts(tmp_path: Path) -> None:
         expected = logits_of(model, ids)
     with model.role("reward"):
         torch.testing.assert_close(logits_of(model, ids), expected)
+
+
+def test_prompts_too_long_to_be_answered_are_told_and_none_that_fits_is_an_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pairs = comparisons(6, start=7)  # q7 to q12: two lengths
+    lengths = sorted({len(encode_prompt(resident("llama").base.codec(None), p.prompt)) for p in pairs})
+    some = replace(SAMPLING, max_prompt_length=lengths[-1] - 1)
+    result = run(resident("llama"), tmp_path, inputs=RewardInputs(None, comparisons(8), pairs, some))
+    assert "held-out prompts, which are over ppo.rollout.max_prompt_length" in caplog.text
+    assert 0 < result.metrics["score_responses"] < 6  # type: ignore[operator]
+    none = replace(SAMPLING, max_prompt_length=1)
+    with pytest.raises(DataError, match="none of the 6 held-out prompts fits"):
+        run(resident("llama"), tmp_path, inputs=RewardInputs(None, comparisons(8), pairs, none))
