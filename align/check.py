@@ -9,6 +9,7 @@ from align.config import BaseModelConfig, Config, SourceConfig
 from align.errors import AlignError
 from align.handover import brought, brought_head
 from align.intake import KINDS
+from align.sources import source_identity
 from data.rejects import describe
 from data.sources import peek, resolve_path
 
@@ -22,7 +23,7 @@ class Finding:
 
 def check_config(config: Config) -> list[Finding]:
     """One finding for each thing that a run will need; none raises, so that all are said at once."""
-    return [_check_base(config.base), *_check_adapters(config), *_check_data(config)]
+    return [_check_base(config.base), *_check_adapters(config), *_check_sources(config), *_check_data(config)]
 
 
 def _found(what: str, look: Callable[[], str]) -> Finding:
@@ -66,6 +67,14 @@ def _adapter(path: Path, key: str) -> str:
     return str(brought(path, kind="adapter", key=key, base_identity=None).path)
 
 
+def _check_sources(config: Config) -> Iterator[Finding]:
+    for source in config.ppo.rewards.sources if "ppo" in config.run.stages else ():
+        if source.kind != "reward":
+            what = f"reward source {source.label_in_logs}"
+            place = source.function or source.model or ""
+            yield _found(what, lambda source=source, place=place: f"{place} ({source_identity(source)[:12]})")
+
+
 def _check_data(config: Config) -> Iterator[Finding]:
     for stage in config.run.stages:
         section = getattr(config.data, stage)
@@ -73,6 +82,8 @@ def _check_data(config: Config) -> Iterator[Finding]:
             source: SourceConfig | None = getattr(section, side)
             if source is not None:
                 yield _check_source(f"data.{stage}.{side}", source, KINDS[stage])
+    if config.data.ptx is not None:
+        yield _check_source("data.ptx", config.data.ptx, "demonstration")
 
 
 def _check_source(what: str, source: SourceConfig, kind: Literal["demonstration", "comparison", "prompt"]) -> Finding:

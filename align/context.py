@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.artifacts import Artifact
-from align.config import RolloutConfig
+from align.config import RewardsConfig, RolloutConfig
 from align.errors import DataError
 from align.tracking import Tracker
-from data.records import Account, Comparison, Demonstration, Prompt, Reject
+from data.records import Account, Comparison, Demonstration, PlainText, Prompt, Reject
 from data.rejects import check_rate, describe, write_rejects
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ class StageContext:
 
 @dataclass(frozen=True)
 class SFTInputs:
-    train: tuple[Demonstration, ...]
-    held_out: tuple[Demonstration, ...]
+    train: tuple[Demonstration | PlainText, ...]
+    held_out: tuple[Demonstration | PlainText, ...]
     adapter: Artifact | None = None  # brought by the user, to start from
 
 
@@ -82,19 +82,26 @@ class RewardInputs:
 
 
 @dataclass(frozen=True)
+class RewardModelArtifacts:
+    adapter: Artifact
+    head: Artifact
+
+
+@dataclass(frozen=True)
 class PPOInputs:
     sft: Artifact | None
-    reward_adapter: Artifact
-    reward_head: Artifact
+    reward_models: tuple[RewardModelArtifacts, ...]  # several are an ensemble; none: other sources score
     prompts: tuple[Prompt, ...]
+    held_out: tuple[Prompt, ...] = ()  # what the guard looks at
+    ptx: tuple[Demonstration | PlainText, ...] = ()
 
 
 @dataclass(frozen=True)
 class EvaluationInputs:
     sft: Artifact | None
     policy: Artifact
-    reward_adapter: Artifact
-    reward_head: Artifact
+    reward_models: tuple[RewardModelArtifacts, ...]
+    rewards: RewardsConfig  # the sources, as in PPO
     prompts: tuple[Prompt, ...]  # held out
     sampling: Sampling
 

@@ -18,6 +18,7 @@ from align.intake import StageData, parts_of_step, read_stage_data
 from align.messages import MessageReader
 from align.pipeline import Decision, Fingerprint, StepName, decide, fingerprint, refuse_unfinished, stale, steps_to_do
 from align.settings import dump
+from align.sources import source_identities
 from align.status import Status, occupied, read_status, write_end
 from align.summary import summarize, write_lineage
 from align.worker import Outcome, StageCall, StageFunction
@@ -106,7 +107,9 @@ def prepare(
 ) -> Prepared:
     artifacts = gather(step, config, run, base_identity=base_identity, command=command)
     hashes = {name: artifact and artifact.content_hash for name, artifact in artifacts.items()}
-    parts = parts_of_step(step, data)
+    if step in ("ppo", "evaluation"):
+        hashes |= source_identities(config.ppo.rewards)
+    parts = parts_of_step(step, data, has_guard=config.ppo.guard.every is not None)
     return Prepared(artifacts, data, fingerprint(step, config, base_identity=base_identity, data=parts, inputs=hashes))
 
 

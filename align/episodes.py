@@ -4,6 +4,7 @@ Batches are right-padded, so positions need no care; a response's token t is pre
 position prompt_length + t − 1. The full-vocabulary logits exist for one chunk of response tokens at a time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from align.adapters import AdaptedModel
 from align.heads import ScalarHead
 from data.batching import right_pad
+from data.tokenization import TokenizedDemonstration
 
 _LOGIT_BYTES = 2**27  # at most this much of float32 logits at a time
 
@@ -23,6 +25,8 @@ class Episode:
     response_ids: tuple[int, ...]  # EOS included where the response ended
     has_eos: bool
     sampler_logprobs: tuple[float, ...] = ()  # of the response's tokens, where a sampler of ours drew them
+    prompt_text: str = ""  # for scorers that read text
+    group: int = 0  # which of the rollout's prompts it answers
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,15 @@ def policy_pass(
     logprobs_BT = scatter(logprobs_N)
     assert logprobs_BT is not None
     return PolicyPass(logprobs_BT, scatter(entropy_N), scatter(values_N))
+
+
+def text_pass(model: AdaptedModel, rows: Sequence[TokenizedDemonstration], *, pad_id: int) -> Tensor:
+    """Logprobs (N,) float32 of the learnt tokens of all rows together, under the present role, at temperature 1."""
+    ids_BS, is_token_BS = right_pad([row.ids for row in rows], pad_id, model.device)
+    is_learnt_BS, _ = right_pad([row.is_response for row in rows], 0, model.device)
+    at_N, before_N = is_learnt_BS[:, 1:].nonzero(as_tuple=True)  # nothing predicts a row's first token
+    hidden_NH = model.hidden(ids_BS, is_token_BS)[at_N, before_N]
+    return token_logprobs(model, hidden_NH, ids_BS[at_N, before_N + 1], 1.0, with_entropy=False)[0]
 
 
 def value_pass(model: AdaptedModel, head: ScalarHead, batch: EpisodeBatch) -> Tensor:

@@ -46,6 +46,10 @@ class WorkerError(AlignError):
     """The worker died or raised something that is not one of ours; holds its cause."""
 
 
+class RewardFunctionError(AlignError):
+    """A user's reward function raised, was too slow, or gave back no number; names it and the response."""
+
+
 class InvariantError(AlignError):
     """A run-time invariant does not hold (DESIGN, Contracts); holds the values seen."""
 

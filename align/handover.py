@@ -8,10 +8,10 @@ from typing import Any, cast
 
 from align.artifacts import MANIFEST, Artifact, read_artifact, read_json, sha256_of_file, sha256_of_json, write_json
 from align.config import Config
-from align.context import EvaluationInputs, PPOInputs, RewardInputs, Sampling, SFTInputs
+from align.context import EvaluationInputs, PPOInputs, RewardInputs, RewardModelArtifacts, Sampling, SFTInputs
 from align.errors import ArtifactError, UsageError
 from align.intake import StageData
-from data.records import Comparison, Demonstration, Prompt
+from data.records import Comparison, Demonstration, PlainText, Prompt
 
 REJECTS = "rejects.jsonl"
 # Which step makes an input, and as what kind of artifact.
@@ -85,14 +85,27 @@ def current_results(run: Path, steps: Sequence[str]) -> dict[str, FinishedStep]:
     for step in steps:
         finished = read_finished(run / step)
         if finished is not None and all(
-            finished.fingerprint.get(f"input.{name}") in (None, artifact.content_hash)
-            for name, (stage, kind) in _MADE_BY.items()
-            if stage in found
-            for artifact in found[stage].artifacts
-            if artifact.kind == kind
+            content_hash is None or content_hash in [a.content_hash for a in _made_as(key, found)]
+            for key, content_hash in finished.fingerprint.items()
+            if _maker(key) in found
         ):
             found[step] = finished
     return found
+
+
+def _maker(key: str) -> str | None:
+    """Which step makes the input that a fingerprint's key names; None for other keys, and for what users bring."""
+    stage, _ = _MADE_BY.get(key.removeprefix("input.").partition("-")[0], (None, None))
+    return stage if key.startswith("input.") else None
+
+
+def _made_as(key: str, found: Mapping[str, FinishedStep]) -> list[Artifact]:
+    """The artifact that now stands under this input's name, if there is one."""
+    name, _, number = key.removeprefix("input.").partition("-")
+    stage, kind = _MADE_BY[name]
+    own = [artifact for artifact in found[stage].artifacts if artifact.kind == kind]
+    place = int(number or 1) - 1
+    return own[place : place + 1]
 
 
 def begin(folder: Path, fingerprint: Mapping[str, object], *, keep: bool) -> None:
@@ -131,29 +144,31 @@ def gather(step: str, config: Config, run: Path, *, base_identity: str, command:
     """
     sft_key, reward_key = config.sft.adapter, config.reward.adapter
 
-    def made(name: str) -> Artifact:
+    def made(name: str) -> dict[str, Artifact | None]:
         stage, kind = _MADE_BY[name]
         finished = read_finished(run / stage)
         if finished is None:
             raise UsageError(f"{step} needs the results of {stage}; first run: {command} --stage {stage}")
         finished.verify(base_identity)
-        return next(artifact for artifact in finished.artifacts if artifact.kind == kind)
+        own = [artifact for artifact in finished.artifacts if artifact.kind == kind]
+        return {name: own[0]} if len(own) == 1 else {f"{name}-{n}": a for n, a in enumerate(own, start=1)}
 
     def given(path: Path | None, key: str) -> Artifact | None:
         return path and brought(path, kind="adapter", key=key, base_identity=base_identity)
 
     if step == "sft":
         return {"adapter": given(sft_key, "sft.adapter")}
-    sft = made("sft") if "sft" in config.run.stages else given(sft_key, "sft.adapter")
+    found = made("sft") if "sft" in config.run.stages else {"sft": given(sft_key, "sft.adapter")}
     if step == "reward":
-        return {"sft": sft, "adapter": given(reward_key, "reward.adapter")}
-    found: dict[str, Artifact | None] = {"sft": sft}
-    if "reward" in config.run.stages:
-        found |= {"reward_adapter": made("reward_adapter"), "reward_head": made("reward_head")}
-    else:
+        return {**found, "adapter": given(reward_key, "reward.adapter")}
+    if not config.ppo.rewards.uses_reward_model:
+        pass
+    elif "reward" in config.run.stages:
+        found |= made("reward_adapter") | made("reward_head")
+    elif reward_key is not None:
         found["reward_adapter"] = given(reward_key, "reward.adapter")
-        found["reward_head"] = reward_key and brought_head(reward_key, base_identity=base_identity)
-    return found if step == "ppo" else {**found, "policy": made("policy")}
+        found["reward_head"] = brought_head(reward_key, base_identity=base_identity)
+    return found if step == "ppo" else found | made("policy")
 
 
 def brought_head(adapter: Path, *, base_identity: str | None) -> Artifact:
@@ -170,8 +185,8 @@ def brought_head(adapter: Path, *, base_identity: str | None) -> Artifact:
 def build_inputs(step: str, config: Config, data: StageData, artifacts: Mapping[str, Artifact | None]) -> StageInputs:
     """The record that the step's function takes."""
     if step == "sft":
-        train = cast(tuple[Demonstration, ...], data.train)
-        held_out = cast(tuple[Demonstration, ...], data.held_out)
+        train = cast(tuple[Demonstration | PlainText, ...], data.train)
+        held_out = cast(tuple[Demonstration | PlainText, ...], data.held_out)
         return SFTInputs(train=train, held_out=held_out, adapter=artifacts["adapter"])
     sampling = Sampling.of(config.ppo.rollout)
     if step == "reward":
@@ -182,22 +197,23 @@ def build_inputs(step: str, config: Config, data: StageData, artifacts: Mapping[
             sampling=sampling,
             adapter=artifacts["adapter"],
         )
-    reward_adapter, reward_head = _required(artifacts, "reward_adapter"), _required(artifacts, "reward_head")
+    adapters, heads = (
+        [a for name, a in artifacts.items() if a is not None and name.partition("-")[0] == kind]
+        for kind in ("reward_adapter", "reward_head")
+    )
+    reward_models = tuple(RewardModelArtifacts(*pair) for pair in zip(adapters, heads, strict=True))
+    if config.ppo.rewards.uses_reward_model and not reward_models:
+        raise ArtifactError("no reward_adapter: put reward into run.stages, or give reward.adapter")
     if step == "ppo":
-        prompts = cast(tuple[Prompt, ...], data.train)
-        return PPOInputs(artifacts["sft"], reward_adapter, reward_head, prompts)
+        prompts, held_out = cast(tuple[Prompt, ...], data.train), cast(tuple[Prompt, ...], data.held_out)
+        return PPOInputs(artifacts["sft"], reward_models, prompts, held_out, data.ptx)
+    policy = artifacts["policy"]
+    assert policy is not None
     return EvaluationInputs(
         sft=artifacts["sft"],
-        policy=_required(artifacts, "policy"),
-        reward_adapter=reward_adapter,
-        reward_head=reward_head,
+        policy=policy,
+        reward_models=reward_models,
+        rewards=config.ppo.rewards,
         prompts=cast(tuple[Prompt, ...], data.held_out),
         sampling=sampling,
     )
-
-
-def _required(artifacts: Mapping[str, Artifact | None], name: str) -> Artifact:
-    artifact = artifacts[name]
-    if artifact is None:
-        raise ArtifactError(f"no {name}: put reward into run.stages, or give reward.adapter")
-    return artifact

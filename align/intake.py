@@ -3,16 +3,16 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from align.config import Config, SourceConfig, StageName
 from align.errors import ConfigError
-from data.records import Account, Comparison, Demonstration, Prompt
+from data.records import Account, Comparison, Demonstration, PlainText, Prompt
 from data.rejects import check_rate, describe, write_rejects
 from data.sources import Reading, read_records
 from data.splits import shared_prompts, split_by_prompt
 
-StageRecord = Demonstration | Comparison | Prompt
+StageRecord = Demonstration | PlainText | Comparison | Prompt
 KINDS: Mapping[StageName, Literal["demonstration", "comparison", "prompt"]] = {
     "sft": "demonstration",
     "reward": "comparison",
@@ -28,6 +28,7 @@ class StageData:
     held_out: tuple[StageRecord, ...]
     accounts: Mapping[str, Account]
     parts: Mapping[str, object]
+    ptx: tuple[Demonstration | PlainText, ...] = ()  # of ppo
 
 
 def read_stage_data(config: Config, stage: StageName, run: Path, note: Callable[[str], None]) -> StageData:
@@ -46,6 +47,8 @@ def read_stage_data(config: Config, stage: StageName, run: Path, note: Callable[
     readings: dict[str, Reading[StageRecord]] = {
         name: read_records(source, KINDS[stage]) for name, source in sources.items()
     }
+    if stage == "ppo" and config.data.ptx is not None:
+        readings["data.ptx"] = read_records(config.data.ptx, "demonstration")
     rejects_path = run / stage / "rejects.jsonl"
     write_rejects(rejects_path, [reject for reading in readings.values() for reject in reading.rejects])
     for name, reading in readings.items():
@@ -66,11 +69,18 @@ def read_stage_data(config: Config, stage: StageName, run: Path, note: Callable[
                 f"warning: {shared} held-out prompts of {key} also occur in its train data: measured on them, a gain "
                 "is not one"
             )
-    return StageData(train, held_out, {name: reading.account for name, reading in readings.items()}, parts)
+    ptx = cast("tuple[Demonstration | PlainText, ...]", readings["data.ptx"].records) if "data.ptx" in readings else ()
+    return StageData(train, held_out, {name: reading.account for name, reading in readings.items()}, parts, ptx)
 
 
-def parts_of_step(step: str, data: StageData) -> dict[str, object]:
-    """What of the data a step depends on: PPO trains on one side, its evaluation looks at the other."""
-    has_own_held_out = "data.ppo.held_out" in data.parts
-    unused = {"ppo": "data.ppo.held_out", "evaluation": "data.ppo.train"}.get(step)
-    return {key: value for key, value in data.parts.items() if not (has_own_held_out and key == unused)}
+def parts_of_step(step: str, data: StageData, *, has_guard: bool) -> dict[str, object]:
+    """What of the data a step depends on: PPO trains on one side (its guard looks at the other), its evaluation looks
+    at the other."""
+    unused: set[str] = set()
+    if step == "evaluation":
+        unused.add("data.ptx")
+    if "data.ppo.held_out" in data.parts:  # else both sides are of one file
+        unused |= {"evaluation": {"data.ppo.train"}, "ppo": set() if has_guard else {"data.ppo.held_out"}}.get(
+            step, set()
+        )
+    return {key: value for key, value in data.parts.items() if key not in unused}

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from pydantic import BaseModel
 
@@ -71,6 +71,8 @@ def fingerprint(
     }
     if step in ("reward", "evaluation"):  # both sample as PPO does
         parts |= _flat(config.ppo.rollout, "ppo.rollout")
+    if step == "evaluation":
+        parts |= _flat(config.ppo.rewards, "ppo.rewards")
     kept = {key: value for key, value in parts.items() if key not in _WITHOUT_EFFECT | _BY_CONTENT}
     return json.loads(json.dumps(kept))  # as it will be read back: tuples are lists
 
@@ -86,6 +88,9 @@ def _flat(section: BaseModel, prefix: str) -> dict[str, object]:
     for name, value in section:
         if isinstance(value, BaseModel):
             flat |= _flat(value, f"{prefix}.{name}")
+        elif isinstance(value, tuple) and any(isinstance(item, BaseModel) for item in value):
+            for number, item in enumerate(cast("tuple[BaseModel, ...]", value)):
+                flat |= _flat(item, f"{prefix}.{name}.{number}")
         else:
             flat[f"{prefix}.{name}"] = str(value) if isinstance(value, Path) else value
     return flat

@@ -17,7 +17,10 @@ from pydantic import BaseModel, ValidationError
 from align.config import Config
 from align.errors import ConfigError
 
-_PATH_KEY = re.compile(r"data\.\w+\.(train|held_out)(\.path)?|sft\.adapter|reward\.adapter|base\.model")
+_PATH_KEY = re.compile(
+    r"data\.\w+\.(train|held_out)(\.path)?|data\.ptx(\.path)?|sft\.adapter|reward\.adapter|base\.model|"
+    r"ppo\.rewards\.sources\.model"
+)
 _NAMED_BASES = ("embedded", "tiny:")
 
 
@@ -121,17 +124,19 @@ def _absolute(value: object, *, key: str, folder: Path) -> object:
     if isinstance(value, dict):
         inner = cast(dict[str, object], value)
         return {str(k): _absolute(v, key=f"{key}.{k}".lstrip("."), folder=folder) for k, v in inner.items()}
+    if isinstance(value, list):
+        return [_absolute(item, key=key, folder=folder) for item in cast("list[object]", value)]
     if not isinstance(value, str) or not _PATH_KEY.fullmatch(key):
         return value
     path = os.path.abspath(folder / Path(value).expanduser())
-    if key == "base.model":
+    if key.endswith(".model"):
         is_folder = value.startswith(("./", "../", "~", "/")) or value in (".", "..") or Path(path).is_dir()
         return path if is_folder and not value.startswith(_NAMED_BASES) else value
     return value if value.startswith("samples:") else path
 
 
 def _explain(item: Mapping[str, Any], places: Mapping[str, str], file: str) -> str:
-    dotted = ".".join(str(part) for part in item["loc"])
+    dotted = ".".join(str(part) for part in item["loc"] if not isinstance(part, int))
     if item["type"] == "extra_forbidden":
         return f"{places.get(dotted, file)}: {dotted}: unknown key; {_nearest(dotted)}"
     # pydantic adds the branch of a union to the location: cut back to what the user can write

@@ -13,10 +13,9 @@ from data.records import Comparison, Demonstration, Message, PlainText, Prompt, 
 Row = Mapping[str, object]
 
 FORMATS: Mapping[RecordKind, tuple[str, ...]] = {
-    "demonstration": ("messages", "prompt + completion"),
+    "demonstration": ("messages", "prompt + completion", "text"),
     "comparison": ("prompt + chosen + rejected", "chosen + rejected"),
     "prompt": ("prompt", "messages, the last one the user's"),
-    "text": ("text",),
 }
 
 _ROLES: Mapping[object, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
@@ -45,8 +44,10 @@ def shorten(value: object) -> str:
     return line if len(line) <= _DETAIL_LENGTH else line[: _DETAIL_LENGTH - 1] + "…"
 
 
-def demonstration(row: Row, source: str) -> Demonstration:
-    """`messages`, or `prompt` + `completion`; in both, every assistant turn is one to learn."""
+def demonstration(row: Row, source: str) -> Demonstration | PlainText:
+    """`messages`, or `prompt` + `completion`; in both, every assistant turn is one to learn. Or plain `text`."""
+    if row.get("text") is not None and row.get("messages") is None and row.get("prompt") is None:
+        return plain_text(row, source)
     if row.get("messages") is not None:
         field, messages = "messages", _messages(row["messages"], "messages")
     else:
@@ -94,7 +95,6 @@ _PARSERS: Mapping[RecordKind, Callable[[Row, str], Record]] = {
     "demonstration": demonstration,
     "comparison": comparison,
     "prompt": prompt,
-    "text": plain_text,
 }
 
 

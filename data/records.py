@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
-RecordKind = Literal["demonstration", "comparison", "prompt", "text"]
+RecordKind = Literal["demonstration", "comparison", "prompt"]
 
 
 @dataclass(frozen=True)

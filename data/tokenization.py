@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import jinja2
 
 from align.errors import ModelError
-from data.records import Comparison, Demonstration, Message, Prompt, Reject
+from data.records import Comparison, Demonstration, Message, PlainText, Prompt, Record, Reject
 from data.template import DEFAULT_CHAT_TEMPLATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OnProgress = Callable[[int, int], None]  # (rows done, rows in all)
-RecordT = TypeVar("RecordT", Demonstration, Comparison, Prompt)
+RecordT = TypeVar("RecordT", bound=Record)
 TokenizedT = TypeVar("TokenizedT")
 
 _PROBE = "align probe"
@@ -126,17 +126,27 @@ def encode_conversation(codec: Codec, messages: Sequence[Message]) -> tuple[list
 
 
 def encode_demonstrations(
-    codec: Codec, records: Sequence[Demonstration], *, max_length: int, on_progress: OnProgress | None = None
+    codec: Codec,
+    records: Sequence[Demonstration | PlainText],
+    *,
+    max_length: int,
+    on_progress: OnProgress | None = None,
 ) -> tuple[list[TokenizedDemonstration], list[Reject]]:
-    """Over `max_length` a demonstration is cut from the left, never in its last answer, which needs an id before it."""
+    """Over `max_length` a demonstration is cut from the left, never in its last answer, which needs an id before it.
 
-    def encode(record: Demonstration) -> TokenizedDemonstration:
+    Plain text is learnt whole, up to the EOS after it, in as many rows of `max_length` as it needs.
+    """
+
+    def encode(record: Demonstration | PlainText) -> list[TokenizedDemonstration]:
+        if isinstance(record, PlainText):
+            return _encode_text(codec, record.text, max_length)
         ids, is_response = encode_conversation(codec, record.messages)
         length = is_response[::-1].index(False) if False in is_response else len(ids)
         _check_length(length, max_length, "messages")
-        return TokenizedDemonstration(tuple(ids[-max_length:]), tuple(is_response[-max_length:]))
+        return [TokenizedDemonstration(tuple(ids[-max_length:]), tuple(is_response[-max_length:]))]
 
-    return _encode_all(records, encode, on_progress)
+    kept, rejects = _encode_all(records, encode, on_progress)
+    return [row for rows in kept for row in rows], rejects
 
 
 def encode_comparisons(
@@ -184,6 +194,18 @@ def _encode_all(
         if on_progress is not None and (done % 256 == 0 or done == len(records)):
             on_progress(done, len(records))
     return kept, rejects
+
+
+def _encode_text(codec: Codec, text: str, max_length: int) -> list[TokenizedDemonstration]:
+    """Every token is learnt but a row's first, which nothing predicts; a tokenizer that puts a BOS first does so."""
+    ids = [*cast(list[int], codec.tokenizer(text)["input_ids"])]
+    while ids and ids[-1] in codec.eos_ids:  # some tokenizers add it themselves
+        ids.pop()
+    ids.append(cast("int | None", codec.tokenizer.eos_token_id) or codec.end_of_turn_id)
+    pieces = [tuple(ids[start : start + max_length]) for start in range(0, len(ids), max_length)]
+    if len(pieces) > 1 and len(pieces[-1]) == 1:  # a lone last token has none before it in its row
+        pieces[-2:] = [pieces[-2][:-1], (pieces[-2][-1], *pieces[-1])]
+    return [TokenizedDemonstration(piece, (False, *(True for _ in piece[1:]))) for piece in pieces]
 
 
 def _check_length(length: int, max_length: int, field: str) -> None:

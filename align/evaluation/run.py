@@ -9,17 +9,16 @@ import torch
 from align.adapters import AdaptedModel
 from align.config import EvaluationConfig
 from align.context import EvaluationInputs, Sampling, StageContext, StageResult
-from align.episodes import Episode, collate, policy_pass, score_pass
+from align.episodes import Episode, collate, policy_pass
 from align.evaluation.gold import base_nll, gold_score
 from align.generation import generate
-from align.heads import ScalarHead, load_head
 from align.randomness import keyed_uniforms
+from align.rewards import RewardSources, load_reward_models, reward_sources, text_of
 from align.statistics import bootstrap_interval
 from data.batching import length_sorted_batches
-from data.tokenization import Codec, decode_response, encode_prompts
+from data.tokenization import Codec, TokenizedPrompt, decode_response, encode_prompts
 
 _ROLES = {"sft": "sft", "ppo": "policy"}  # the report's name of a side, and its adapter
-_REWARD = "reward"
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class Answers:
     """One side's answers, prompt by prompt: entry n is answer n % samples to prompt n // samples."""
 
     texts: list[str]
-    scores: list[float]  # the reward model's
+    scores: list[float]  # the weighted sum of the reward sources'
     nlls: list[float]  # of the raw base, nats a token
     golds: list[float]  # empty if the task has no gold
     kls: list[float]  # k1 to the reference, nats a response
@@ -47,19 +46,19 @@ def run_evaluation(config: EvaluationConfig, inputs: EvaluationInputs, context: 
     else:
         model.load("sft", inputs.sft.path)
     model.load("policy", inputs.policy.path)
-    model.load(_REWARD, inputs.reward_adapter.path)
-    head, _ = load_head(inputs.reward_head.path, device=model.device)
+    members = load_reward_models(model, inputs.reward_models)
+    sources = reward_sources(inputs.rewards, members, model, codec)
 
-    ids = [prompt.ids for prompt in prompts for _ in range(config.samples)]
-    judge = Judge(model, codec, head, inputs.sampling, context.seed, has_gold=config.gold is not None)
+    asked = [prompt for prompt in prompts for _ in range(config.samples)]
+    judge = Judge(model, codec, sources, inputs.sampling, context.seed, has_gold=config.gold is not None)
     sides: dict[str, Answers] = {}
     for number, (side, role) in enumerate(_ROLES.items()):
 
         def on_progress(done: int, total: int, number: int = number) -> None:
             tracker.progress(number * total + done, len(_ROLES) * total, "answering held-out prompts")
 
-        on_progress(0, len(ids))
-        sides[side] = answer(judge, role, ids, on_progress)
+        on_progress(0, len(asked))
+        sides[side] = answer(judge, role, asked, on_progress)
     metrics = compare(sides["sft"], sides["ppo"], samples=config.samples, seed=context.seed)
     metrics["samples"] = [
         {
@@ -78,16 +77,17 @@ class Judge:
 
     model: AdaptedModel
     codec: Codec
-    reward_head: ScalarHead
+    sources: RewardSources
     sampling: Sampling
     seed: int
     has_gold: bool
 
 
 @torch.no_grad()
-def answer(judge: Judge, role: str, prompts: list[tuple[int, ...]], on_progress: Callable[[int, int], None]) -> Answers:
-    """One answer of `role` to each prompt, and what reference, reward model, raw base and gold say of it."""
+def answer(judge: Judge, role: str, asked: list[TokenizedPrompt], on_progress: Callable[[int, int], None]) -> Answers:
+    """One answer of `role` to each prompt, and what reference, reward sources, raw base and gold say of it."""
     model, codec, sampling = judge.model, judge.codec, judge.sampling
+    prompts = [prompt.ids for prompt in asked]
     numbers = list(range(len(prompts)))
     uniforms = keyed_uniforms(judge.seed, "evaluation", 0, numbers, sampling.max_response_length)
     with model.role(role):
@@ -95,14 +95,16 @@ def answer(judge: Judge, role: str, prompts: list[tuple[int, ...]], on_progress:
     scores, kls = [0.0] * len(prompts), [0.0] * len(prompts)
     lengths = [len(p) + len(r.ids) for p, r in zip(prompts, responses, strict=True)]
     for group in length_sorted_batches(lengths, sampling.batch_size):
-        episodes = [Episode(prompts[i], responses[i].ids, responses[i].has_eos) for i in group]
+        episodes = [
+            Episode(prompts[i], responses[i].ids, responses[i].has_eos, prompt_text=text_of(asked[i].messages))
+            for i in group
+        ]
         batch = collate(episodes, pad_id=codec.pad_id, device=model.device)
         with model.role(role):
             own_BT = policy_pass(model, batch, temperature=sampling.temperature).logprobs_BT
         with model.role("sft"):
             ref_BT = policy_pass(model, batch, temperature=sampling.temperature).logprobs_BT
-        with model.role(_REWARD):
-            scores_B = score_pass(model, judge.reward_head, batch)
+        scores_B = judge.sources.total(judge.sources.score(batch, episodes))
         for i, kl, one in zip(group, (own_BT - ref_BT).sum(-1).tolist(), scores_B.tolist(), strict=True):
             kls[i], scores[i] = kl, one
     texts = [decode_response(codec, r.ids).strip() for r in responses]
@@ -134,7 +136,7 @@ def compare(sft: Answers, ppo: Answers, *, samples: int, seed: int) -> dict[str,
     put("score_gain", gain(sft.scores, ppo.scores))
     judged = (sft.golds, ppo.golds) if sft.golds else (sft.scores, ppo.scores)
     put("win_rate", [0.5 + 0.5 * ((d > 0) - (d < 0)) for d in gain(*judged)])
-    metrics["win_rate_judge"] = "gold" if sft.golds else "reward model"
+    metrics["win_rate_judge"] = "gold" if sft.golds else "reward"
     if sft.golds:
         put("gold_gain", gain(sft.golds, ppo.golds))
     metrics["nll_ratio"] = _per_token(ppo) / _per_token(sft)

@@ -1,6 +1,6 @@
 """What PPO trains, and its state on disk: the policy adapter, the critic, the optimizer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -12,47 +12,54 @@ from align.checkpoints import Checkpoint, optimizer_tensors, restore_optimizer
 from align.config import CriticConfig, OptimizerConfig
 from align.errors import InvariantError
 from align.heads import ScalarHead, ScoreStatistics, save_head
+from align.rewards import RewardModel
 from stages.ppo.objective import schedule_factor
-from stages.ppo.rollout import POLICY, REFERENCE, REWARD, VALUE
+from stages.ppo.rollout import POLICY, REFERENCE, VALUE, Critic
 
 
 class ActorCritic:
     """Owns the trained tensors and their optimizer. The critic is a head on the policy's trunk, or on an adapter of
-    its own that starts as a copy of the reward adapter."""
+    its own that starts as a copy of the reward adapter; with `critic` None there is none.
+
+    Args:
+        start: the reward model that an adapter critic starts from, and the scale that its score is shaped by.
+    """
 
     def __init__(
         self,
         model: AdaptedModel,
-        reward_head: ScalarHead,
-        statistics: ScoreStatistics,
-        critic: CriticConfig,
+        critic: CriticConfig | None,
         optimizer: OptimizerConfig,
+        *,
+        start: tuple[RewardModel, ScoreStatistics] | None = None,
     ) -> None:
         self._model = model
         self._config = optimizer
-        self.critic_is_adapter = critic.kind == "adapter"
         model.add(POLICY, copy_of=REFERENCE)
-        self.value_head = ScalarHead(model.hidden_size).to(model.device)
-        if self.critic_is_adapter:
-            model.add(VALUE, copy_of=REWARD)
-            # Started from the reward head, with the score's mean and spread folded in: V starts as the shaped score.
-            self.value_head.weight.data = reward_head.weight.data / statistics.std
-            self.value_head.bias.data = (reward_head.bias.data - statistics.mean) / statistics.std
-        policy = self._named(POLICY)
-        value = {f"head/{name}": tensor for name, tensor in self.value_head.named_parameters()}
-        if self.critic_is_adapter:
-            value |= self._named(VALUE)
-        self.names: dict[Tensor, str] = {tensor: name for name, tensor in {**policy, **value}.items()}
-        rates = (optimizer.learning_rate, critic.learning_rate or optimizer.learning_rate)
+        groups, rates = [self._named(POLICY)], [optimizer.learning_rate]
+        self.critic: Critic | None = None
+        if critic is not None:
+            self.critic = Critic(ScalarHead(model.hidden_size).to(model.device), critic.kind == "adapter")
+            value: dict[str, Tensor] = {f"head/{n}": t for n, t in self.critic.head.named_parameters()}
+            if self.critic.has_adapter:
+                assert start is not None
+                value |= self._start_value_adapter(self.critic.head, *start)
+            groups.append(value)
+            rates.append(critic.learning_rate or optimizer.learning_rate)
+        self.names: dict[Tensor, str] = {tensor: name for group in groups for name, tensor in group.items()}
         self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [*group.values()], "lr": r, "peak": r}
-                for group, r in zip((policy, value), rates, strict=True)
-            ],
+            [{"params": [*group.values()], "lr": r, "peak": r} for group, r in zip(groups, rates, strict=True)],
             betas=optimizer.betas,
             eps=1e-5,  # as in OpenAI baselines' PPO2; 1e-8 makes the first steps of tiny gradients too large
             weight_decay=optimizer.weight_decay,
         )
+
+    def _start_value_adapter(self, head: ScalarHead, own: RewardModel, scale: ScoreStatistics) -> dict[str, Tensor]:
+        """The reward model itself, with the score's mean and spread folded in: V starts as the shaped score."""
+        self._model.add(VALUE, copy_of=own.adapter)
+        head.weight.data = own.head.weight.data / scale.std
+        head.bias.data = (own.head.bias.data - scale.mean) / scale.std
+        return self._named(VALUE)
 
     def _named(self, adapter: str) -> dict[str, Tensor]:
         return {f"{adapter}/{key}": tensor for key, tensor in self._model.tensors(adapter).items()}
@@ -79,26 +86,32 @@ class ActorCritic:
         self.optimizer.zero_grad(set_to_none=True)
         return norm.item()
 
-    def checkpoint(self, step: int, state: dict[str, object]) -> Checkpoint:
-        trained = {name: tensor for tensor, name in self.names.items()}
-        return Checkpoint(step, {"trained": trained, "optimizer": optimizer_tensors(self.optimizer, self.names)}, state)
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy of every trained tensor, on the CPU."""
+        return {name: tensor.detach().cpu().clone() for tensor, name in self.names.items()}
+
+    def put_back(self, trained: Mapping[str, Tensor]) -> None:
+        for tensor, name in self.names.items():
+            tensor.data.copy_(trained[name])
+
+    def checkpoint_groups(self) -> dict[str, Mapping[str, Tensor]]:
+        return {"trained": self.snapshot(), "optimizer": optimizer_tensors(self.optimizer, self.names)}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        for tensor, name in self.names.items():
-            tensor.data.copy_(checkpoint.groups["trained"][name])
+        self.put_back(checkpoint.groups["trained"])
         restore_optimizer(self.optimizer, self.names, checkpoint.groups["optimizer"])
 
     def save(self, folder: Path, *, step: int) -> tuple[Artifact, ...]:
-        """Write adapter/ (the policy), head/ (the value head) and, for an adapter critic, value_adapter/."""
+        """Write adapter/ (the policy) and, of a critic, head/ and its own value_adapter/."""
 
         def write(name: str, kind: str, fill: Callable[[Path], None]) -> Artifact:
             base = self._model.base_identity
             return write_directory(folder / name, fill, kind=kind, stage="ppo", step=step, base_identity=base)
 
-        artifacts = [
-            write("adapter", "adapter", lambda path: self._model.save(POLICY, path)),
-            write("head", "head", lambda path: save_head(self.value_head, path)),
-        ]
-        if self.critic_is_adapter:
+        artifacts = [write("adapter", "adapter", lambda path: self._model.save(POLICY, path))]
+        critic = self.critic
+        if critic is not None:
+            artifacts.append(write("head", "head", lambda path: save_head(critic.head, path)))
+        if critic is not None and critic.has_adapter:
             artifacts.append(write("value_adapter", "value_adapter", lambda path: self._model.save(VALUE, path)))
         return tuple(artifacts)

@@ -1,18 +1,21 @@
 """Learning from one rollout: advantages, then epochs × minibatches × micro-batches of the clipped objective."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from align.adapters import AdaptedModel
-from align.config import PPOConfig
-from align.episodes import policy_pass, value_pass
+from align.config import AdvantageConfig, PPOConfig
+from align.episodes import policy_pass, text_pass, value_pass
 from align.errors import InvariantError
 from align.randomness import permutation
+from data.batching import length_sorted_batches
+from data.tokenization import TokenizedDemonstration
 from stages.ppo import objective
 from stages.ppo.actor_critic import ActorCritic
-from stages.ppo.rollout import POLICY, VALUE, Rollout
+from stages.ppo.rollout import POLICY, VALUE, MicroBatch, Rollout, drawn_indices
 
 
 @dataclass(frozen=True)
@@ -21,101 +24,193 @@ class Lesson:
 
     rollout: Rollout
     advantages: list[Tensor]
-    returns: list[Tensor]
+    returns: list[Tensor]  # what the critic learns; 0 without one
+    kl_coefficient: float = 0.0  # of the KL term in the loss
 
 
-def estimate(rollout: Rollout, rewards: list[Tensor], config: PPOConfig) -> Lesson:
-    """Advantages, whitened over the whole rollout if asked, and returns."""
-    pairs = [
-        objective.gae(r, mb.values_BT, mb.is_response_BT, gamma=config.advantage.gamma, lam=config.advantage.lam)
-        for r, mb in zip(rewards, rollout.micro_batches, strict=True)
-    ]
-    advantages = [advantages_BT for advantages_BT, _ in pairs]
-    if config.advantage.whiten:
-        advantages = objective.whiten(advantages, [mb.is_response_BT for mb in rollout.micro_batches])
-    return Lesson(rollout, advantages, [returns_BT for _, returns_BT in pairs])
+def estimate(rollout: Rollout, rewards: list[Tensor], config: AdvantageConfig) -> tuple[list[Tensor], list[Tensor]]:
+    """Advantages, whitened over the whole rollout if asked, and returns: (B, T) for each micro-batch."""
+    mbs = rollout.micro_batches
+    if config.estimator == "gae":
+        pairs = [
+            objective.gae(r, mb.values_BT, mb.is_response_BT, gamma=config.gamma, lam=config.lam)
+            for r, mb in zip(rewards, mbs, strict=True)
+        ]
+        advantages, returns = [a for a, _ in pairs], [r for _, r in pairs]
+    else:
+        advantages, returns = _group_advantages(mbs, rewards, config.estimator), [torch.zeros_like(r) for r in rewards]
+    if config.is_whitened:
+        advantages = objective.whiten(advantages, [mb.is_response_BT for mb in mbs])
+    return advantages, returns
 
 
-def learn(
-    learner: ActorCritic, lesson: Lesson, config: PPOConfig, model: AdaptedModel, *, seed: int, update: int
-) -> dict[str, float]:
-    """Epochs × minibatches × micro-batches over one rollout; returns the means over what was learnt from.
-
-    Micro-batches are shuffled whole. A minibatch's loss is the mean over its tokens, so its gradient is the same
-    whatever the micro-batch size.
-    """
-    micro_batches = lesson.rollout.micro_batches
-    size = len(micro_batches) // config.loss.minibatches
-    seen: list[dict[str, float]] = []
-    first_ratio_error = 0.0
-    for epoch in range(config.loss.epochs):
-        order = permutation(seed, "minibatches", update, epoch, size=len(micro_batches))
-        for start in range(0, len(order), size):
-            minibatch = order[start : start + size]
-            step = _learn_minibatch(learner, lesson, minibatch, config, model)
-            if not seen:
-                first_ratio_error = step["ratio_error"]
-                _verify_first_ratio(first_ratio_error, model)
-            seen.append(step)
-            if config.guard.target_kl is not None and step["policy/approxkl"] > config.guard.target_kl:
-                return _mean(seen) | {"policy/first_ratio_error": first_ratio_error, "policy/stopped": 1.0}
-    return _mean(seen) | {"policy/first_ratio_error": first_ratio_error, "policy/stopped": 0.0}
+def _group_advantages(mbs: Sequence[MicroBatch], rewards: list[Tensor], estimator: str) -> list[Tensor]:
+    """Each response against the others to its prompt, wherever they stand in the rollout; one value for its tokens."""
+    returns_N = torch.cat([r.sum(-1) for r in rewards])
+    order_N = torch.cat([mb.group_B for mb in mbs]).argsort(stable=True)
+    num_groups = len(set(torch.cat([mb.group_B for mb in mbs]).tolist()))
+    formula = objective.rloo if estimator == "rloo" else objective.grpo
+    advantages_N = torch.empty_like(returns_N)
+    advantages_N[order_N] = formula(returns_N[order_N].view(num_groups, -1)).reshape(-1)
+    parts = advantages_N.split([len(r) for r in rewards])
+    return [part_B[:, None] * mb.is_response_BT for part_B, mb in zip(parts, mbs, strict=True)]
 
 
-def _learn_minibatch(
-    learner: ActorCritic, lesson: Lesson, minibatch: list[int], config: PPOConfig, model: AdaptedModel
-) -> dict[str, float]:
-    """Accumulate one minibatch's gradient over its micro-batches and step; returns its metrics."""
-    chosen = [lesson.rollout.micro_batches[i] for i in minibatch]
-    num_tokens = sum(int(mb.is_response_BT.sum()) for mb in chosen)
-    sums: dict[str, float] = {}
-    ratio_error = 0.0
-    for i, mb in zip(minibatch, chosen, strict=True):
-        mask_BT = mb.is_response_BT
-        share = int(mask_BT.sum()) / num_tokens
-        with model.role(POLICY, train=True):
+@dataclass(frozen=True)
+class Texts:
+    """What PPO-ptx learns beside the rollout (Ouyang et al. 2022, InstructGPT, eq. 2)."""
+
+    rows: Sequence[TokenizedDemonstration]
+    pad_id: int
+
+
+class Learner:
+    """One update's learning. `moves_policy` is off while only the critic warms up."""
+
+    def __init__(
+        self,
+        actor_critic: ActorCritic,
+        model: AdaptedModel,
+        config: PPOConfig,
+        *,
+        seed: int,
+        texts: Texts | None = None,
+    ) -> None:
+        self._actor_critic = actor_critic
+        self._model = model
+        self._config = config
+        self._seed = seed
+        self._texts = texts
+
+    def learn(self, lesson: Lesson, *, update: int) -> dict[str, float]:
+        """Epochs × minibatches over one rollout; returns the means over what was learnt from.
+
+        Micro-batches are shuffled whole. A minibatch's loss is a mean over all of it, so its gradient is the same
+        whatever the micro-batch size.
+        """
+        config, num_micro_batches = self._config, len(lesson.rollout.micro_batches)
+        size = num_micro_batches // config.loss.minibatches
+        moves_policy = update >= config.critic.warmup_updates or self._actor_critic.critic is None
+        seen: list[dict[str, float]] = []
+        first_ratio_error, stopped = 0.0, False
+        for epoch in range(config.loss.epochs):
+            order = permutation(self._seed, "minibatches", update, epoch, size=num_micro_batches)
+            for start in range(0, num_micro_batches, size):
+                number = (update * config.loss.epochs + epoch) * config.loss.minibatches + start // size
+                step = self._learn_minibatch(lesson, order[start : start + size], number, moves_policy=moves_policy)
+                if not seen:
+                    first_ratio_error = step["ratio_error"]
+                    _verify_first_ratio(first_ratio_error, self._model)
+                seen.append(step)
+                stopped = config.guard.target_kl is not None and step["policy/approxkl"] > config.guard.target_kl
+                if stopped:
+                    break
+            if stopped:
+                break
+        return _mean(seen) | {"policy/first_ratio_error": first_ratio_error, "policy/stopped": float(stopped)}
+
+    def _learn_minibatch(
+        self, lesson: Lesson, minibatch: list[int], number: int, *, moves_policy: bool
+    ) -> dict[str, float]:
+        """Accumulate one minibatch's gradient over its micro-batches and step; returns its metrics."""
+        masks = [lesson.rollout.micro_batches[i].is_response_BT for i in minibatch]
+        num_tokens, num_responses = sum(int(mask.sum()) for mask in masks), sum(len(mask) for mask in masks)
+        sums: dict[str, float] = {}
+        ratio_error = 0.0
+        for i, mask_BT in zip(minibatch, masks, strict=True):
+            weights_BT = objective.loss_weights(
+                mask_BT, average=self._config.loss.average, num_tokens=num_tokens, num_responses=num_responses
+            )
+            found, error = self._learn_micro_batch(lesson, i, weights_BT, moves_policy=moves_policy)
+            ratio_error = max(ratio_error, error)
+            for name, value in found.items():
+                sums[name] = sums.get(name, 0.0) + value
+        if self._texts is not None and moves_policy:
+            sums["loss/ptx"] = self._learn_texts(self._texts, number)
+        return {**sums, "optimizer/gradient_norm": self._actor_critic.step(), "ratio_error": ratio_error}
+
+    def _learn_micro_batch(
+        self, lesson: Lesson, i: int, weights_BT: Tensor, *, moves_policy: bool
+    ) -> tuple[dict[str, float], float]:
+        """Add one micro-batch's gradient; returns its share of the minibatch's metrics, and the largest |ratio − 1|."""
+        model, config, critic = self._model, self._config, self._actor_critic.critic
+        mb = lesson.rollout.micro_batches[i]
+        with model.role(POLICY, train=moves_policy):
             out = policy_pass(
                 model,
                 mb.batch,
                 temperature=config.rollout.temperature,
-                value_head=None if learner.critic_is_adapter else learner.value_head,
+                value_head=critic.head if critic is not None and not critic.has_adapter else None,
+                with_entropy=config.loss.entropy_bonus > 0,
             )
-            policy_BT = objective.policy_loss(
-                out.logprobs_BT, mb.logprobs_BT, lesson.advantages[i], clip=config.loss.clip
-            )
-            policy_loss = objective.masked_mean(policy_BT, mask_BT)
-            value_loss = torch.zeros((), device=model.device)
+            losses = self._policy_losses(out.logprobs_BT, out.entropy_BT, lesson, i, weights_BT) if moves_policy else {}
             if out.values_BT is not None:
-                value_loss = _value_loss(out.values_BT, lesson, i, config)
-            _backward((policy_loss + config.critic.coefficient * value_loss) * share)
-        if out.values_BT is None:
+                losses["loss/value"] = self._value_loss(out.values_BT, lesson, i, weights_BT)
+            _backward(self._total(losses))
+        if critic is not None and critic.has_adapter:
             with model.role(VALUE, train=True):
-                values_BT = value_pass(model, learner.value_head, mb.batch)
-                value_loss = _value_loss(values_BT, lesson, i, config)
-                _backward(config.critic.coefficient * value_loss * share)
+                values_BT = value_pass(model, critic.head, mb.batch)
+                losses["loss/value"] = self._value_loss(values_BT, lesson, i, weights_BT)
+                _backward(config.critic.coefficient * losses["loss/value"])
         with torch.no_grad():
-            log_ratio_BT = (out.logprobs_BT - mb.logprobs_BT) * mask_BT
-            ratio_error = max(ratio_error, torch.expm1(log_ratio_BT).abs().max().item())
-            parts = {
-                "loss/policy": policy_loss,
-                "loss/value": value_loss,
-                "policy/approxkl": 0.5 * objective.masked_mean(log_ratio_BT.square(), mask_BT),
-                "policy/clipfrac": objective.clip_fraction(
-                    out.logprobs_BT, mb.logprobs_BT, mask_BT, clip=config.loss.clip
-                ),
+            clips = {"clip_low": config.loss.clip_low, "clip_high": config.loss.clip_high}
+            log_ratio_BT = (out.logprobs_BT - mb.logprobs_BT) * mb.is_response_BT
+            clipped_BT = objective.is_clipped(out.logprobs_BT, mb.logprobs_BT, **clips)
+            metrics = {
+                **losses,
+                "policy/approxkl": (0.5 * log_ratio_BT.square() * weights_BT).sum(),
+                "policy/clipfrac": (clipped_BT * weights_BT).sum(),
             }
-        for name, value in parts.items():
-            sums[name] = sums.get(name, 0.0) + value.item() * share
-    return {**sums, "optimizer/gradient_norm": learner.step(), "ratio_error": ratio_error}
+            ratio_error = torch.expm1(log_ratio_BT).abs().max().item()
+        return {name: value.item() for name, value in metrics.items()}, ratio_error
+
+    def _policy_losses(
+        self, logprobs_BT: Tensor, entropy_BT: Tensor | None, lesson: Lesson, i: int, weights_BT: Tensor
+    ) -> dict[str, Tensor]:
+        config, mb = self._config, lesson.rollout.micro_batches[i]
+        policy_BT = objective.policy_loss(
+            logprobs_BT,
+            mb.logprobs_BT,
+            lesson.advantages[i],
+            clip_low=config.loss.clip_low,
+            clip_high=config.loss.clip_high,
+        )
+        losses = {"loss/policy": (policy_BT * weights_BT).sum()}
+        if config.kl.place == "loss":
+            estimator = objective.kl_k2 if config.kl.used_estimator == "k2" else objective.kl_k3
+            losses["loss/kl"] = (estimator(logprobs_BT, mb.ref_logprobs_BT) * weights_BT).sum() * lesson.kl_coefficient
+        if entropy_BT is not None:
+            losses["loss/entropy"] = -config.loss.entropy_bonus * (entropy_BT * weights_BT).sum()
+        return losses
+
+    def _value_loss(self, values_BT: Tensor, lesson: Lesson, i: int, weights_BT: Tensor) -> Tensor:
+        old_values_BT = lesson.rollout.micro_batches[i].values_BT
+        loss_BT = objective.value_loss(values_BT, old_values_BT, lesson.returns[i], clip=self._config.critic.clip)
+        return (loss_BT * weights_BT).sum()
+
+    def _total(self, losses: dict[str, Tensor]) -> Tensor | None:
+        terms = [self._config.critic.coefficient * v if name == "loss/value" else v for name, v in losses.items()]
+        return torch.stack(terms).sum() if terms else None
+
+    def _learn_texts(self, texts: Texts, number: int) -> float:
+        """Add the gradient of the language-model loss on some rows; returns the loss, its coefficient included."""
+        loss_config = self._config.loss
+        drawn = drawn_indices(self._seed, "ptx", number, num_drawn=loss_config.ptx_batch_size, size=len(texts.rows))
+        rows = [texts.rows[i] for i in drawn]
+        num_tokens = sum(sum(row.is_response) for row in rows)
+        total = 0.0
+        for group in length_sorted_batches([len(row.ids) for row in rows], loss_config.micro_batch_size):
+            with self._model.role(POLICY, train=True):
+                logprobs_N = text_pass(self._model, [rows[i] for i in group], pad_id=texts.pad_id)
+                loss = -loss_config.ptx_coefficient * logprobs_N.sum() / num_tokens
+                _backward(loss)
+            total += loss.item()
+        return total
 
 
-def _value_loss(values_BT: Tensor, lesson: Lesson, i: int, config: PPOConfig) -> Tensor:
-    mb = lesson.rollout.micro_batches[i]
-    loss_BT = objective.value_loss(values_BT, mb.values_BT, lesson.returns[i], clip=config.critic.clip)
-    return objective.masked_mean(loss_BT, mb.is_response_BT)
-
-
-def _backward(loss: Tensor) -> None:
+def _backward(loss: Tensor | None) -> None:
+    if loss is None:
+        return
     if not torch.isfinite(loss):
         raise InvariantError(f"the loss is {loss.item()} before the optimizer's step; nothing was changed")
     loss.backward()

@@ -4,14 +4,10 @@ Axes: B episodes, T response tokens. `is_response_BT` is True on real response t
 first ones in the row. Everything is 0 at padding.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
-
-
-def masked_mean(values_BT: Tensor, is_response_BT: Tensor) -> Tensor:
-    """Mean over the tokens where the mask is True: ()."""
-    assert values_BT.shape == is_response_BT.shape, (values_BT.shape, is_response_BT.shape)
-    return (values_BT * is_response_BT).sum() / is_response_BT.sum()
 
 
 def kl_k1(logprobs_BT: Tensor, ref_logprobs_BT: Tensor) -> Tensor:
@@ -20,25 +16,80 @@ def kl_k1(logprobs_BT: Tensor, ref_logprobs_BT: Tensor) -> Tensor:
     return logprobs_BT - ref_logprobs_BT
 
 
+def kl_k2(logprobs_BT: Tensor, ref_logprobs_BT: Tensor) -> Tensor:
+    """k2 = ½ (log π − log π_ref)² per token (Schulman 2020): as a loss its gradient is the KL's, in expectation over π.
+
+    k1 as a loss has an expected gradient of 0 (Liu et al. 2025, Rethinking KL Regularization in RLHF).
+    """
+    assert logprobs_BT.shape == ref_logprobs_BT.shape, (logprobs_BT.shape, ref_logprobs_BT.shape)
+    return 0.5 * (logprobs_BT - ref_logprobs_BT).square()
+
+
 def kl_k3(logprobs_BT: Tensor, ref_logprobs_BT: Tensor) -> Tensor:
-    """k3 = exp(−k1) − 1 + k1: unbiased, never negative, less variance (Schulman 2020). Logged only."""
+    """k3 = exp(−k1) − 1 + k1: unbiased, never negative, less variance (Schulman 2020).
+
+    Unbiased as a value. As a loss (Shao et al. 2024, GRPO, eq. 4) its gradient is that of KL(π_ref‖π), which is off by
+    about a half where the two are apart; its direction is nearly right (cosine 0.99).
+    """
     assert logprobs_BT.shape == ref_logprobs_BT.shape, (logprobs_BT.shape, ref_logprobs_BT.shape)
     k1_BT = logprobs_BT - ref_logprobs_BT
     return torch.expm1(-k1_BT) + k1_BT
 
 
-def shaped_scores(
-    scores_B: Tensor, has_eos_B: Tensor, *, mean: float, std: float, clip: float | None, missing_eos_penalty: float
-) -> Tensor:
-    """(score − mean)/std, clipped to ±clip, less the penalty where the response did not end: (B,).
+def adaptive_kl_coefficient(coefficient: float, kl: float, *, target: float, horizon: int, num_episodes: int) -> float:
+    """β (1 + e·n/horizon), e = (KL − target)/target clipped to ±0.2, for KL in nats a response over n episodes.
 
-    Normalising by the reward model's own scale on SFT samples: Stiennon et al. 2020, sec. 3.4. The penalty comes
-    after the clip, so that it cannot be clipped away.
+    Ziegler et al. 2019, sec. 2.2, with the horizon of their code in place of the constant 0.1.
     """
-    assert scores_B.shape == has_eos_B.shape, (scores_B.shape, has_eos_B.shape)
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return coefficient * (1 + error * num_episodes / horizon)
+
+
+@dataclass
+class RunningMoments:
+    """Mean and variance of all scores so far, one batch at a time (Chan et al. 1979, eq. 2.1)."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0  # the sum of squared deviations from the mean
+
+    def add(self, scores_B: Tensor) -> None:
+        count, mean = len(scores_B), scores_B.double().mean().item()
+        squares = (scores_B.double() - mean).square().sum().item()
+        total, delta = self.count + count, mean - self.mean
+        self.squares += squares + delta * delta * self.count * count / total
+        self.mean += delta * count / total
+        self.count = total
+
+    @property
+    def std(self) -> float:
+        """Population standard deviation; 1 while the scores do not vary."""
+        variance = self.squares / self.count if self.count else 0.0
+        return variance**0.5 or 1.0
+
+
+def shaped_scores(
+    scores_B: Tensor,
+    has_eos_B: Tensor,
+    lengths_B: Tensor,
+    *,
+    mean: float,
+    std: float,
+    clip: float | None,
+    missing_eos_penalty: float,
+    length_penalty: float,
+    max_response_length: int,
+) -> Tensor:
+    """(score − mean)/std, clipped to ±clip, less what a response without EOS and a long one cost: (B,).
+
+    Normalising by the reward model's own scale on SFT samples: Stiennon et al. 2020, sec. 3.4. The linear length
+    penalty: Singhal et al. 2023, sec. 4. Penalties come after the clip, so that they cannot be clipped away.
+    """
+    assert scores_B.shape == has_eos_B.shape == lengths_B.shape, (scores_B.shape, has_eos_B.shape, lengths_B.shape)
     shaped_B = (scores_B - mean) / std
     if clip is not None:
         shaped_B = shaped_B.clamp(-clip, clip)
+    shaped_B = shaped_B - length_penalty * lengths_B / max_response_length
     return shaped_B - missing_eos_penalty * (~has_eos_B).float()
 
 
@@ -77,24 +128,64 @@ def gae(
     return advantages_BT, (advantages_BT + values_BT) * mask_BT
 
 
-def whiten(values: list[Tensor], masks: list[Tensor]) -> list[Tensor]:
-    """Shift and scale to mean 0 and variance 1 over all real tokens of the rollout, 0 at padding.
+def rloo(returns_GK: Tensor) -> Tensor:
+    """A_k = R_k − the mean of the prompt's other responses' R: (G, K) from G prompts with K responses each.
 
-    The moments are over the whole rollout, not a minibatch, so they do not depend on how it is cut.
+    REINFORCE leave-one-out (Kool et al. 2019; Ahmadian et al. 2024, eq. 8). R is a response's summed reward, its KL
+    penalty included.
+    """
+    assert returns_GK.shape[1] > 1, returns_GK.shape
+    num_responses = returns_GK.shape[1]
+    others_GK = (returns_GK.sum(-1, keepdim=True) - returns_GK) / (num_responses - 1)
+    return returns_GK - others_GK
+
+
+def grpo(returns_GK: Tensor) -> Tensor:
+    """A_k = (R_k − mean)/std over the prompt's responses: (G, K). Shao et al. 2024 (DeepSeekMath), sec. 4.1.2.
+
+    0 where all of them are equal. The standard deviation is the sample's (K − 1), as in the field's code.
+    """
+    assert returns_GK.shape[1] > 1, returns_GK.shape
+    centred_GK = returns_GK - returns_GK.mean(-1, keepdim=True)
+    return centred_GK / (returns_GK.std(-1, keepdim=True) + 1e-4)
+
+
+def whiten(values: list[Tensor], masks: list[Tensor], *, shift: bool = True) -> list[Tensor]:
+    """Scale to variance 1, and shift to mean 0 if asked, over all real tokens of the rollout; 0 at padding.
+
+    The moments are over the whole rollout, not a minibatch, so they do not depend on how it is cut. Rewards are
+    whitened without the shift (the code of Ziegler et al. 2019), or every response would be paid for its length.
     """
     flat_N = torch.cat([v[m] for v, m in zip(values, masks, strict=True)])
     mean, std = flat_N.mean(), flat_N.var(unbiased=False).add(1e-8).sqrt()
-    return [(v - mean) / std * m for v, m in zip(values, masks, strict=True)]
+    kept = torch.zeros_like(mean) if shift else mean
+    return [((v - mean) / std + kept) * m for v, m in zip(values, masks, strict=True)]
 
 
-def policy_loss(logprobs_BT: Tensor, old_logprobs_BT: Tensor, advantages_BT: Tensor, *, clip: float) -> Tensor:
+def loss_weights(is_response_BT: Tensor, *, average: str, num_tokens: int, num_responses: int) -> Tensor:
+    """What each token's loss counts in the mean over a minibatch of `num_tokens` in `num_responses`: (B, T).
+
+    "token": 1/num_tokens: every token alike (Yu et al. 2025, DAPO, eq. 12). "sequence": 1/(its response's length ·
+    num_responses): every response alike, so a long one's tokens count less (Shao et al. 2024, eq. 3). Given the
+    minibatch's totals, the weights of its micro-batches add up to 1 however it is cut.
+    """
+    mask_BT = is_response_BT.float()
+    if average == "token":
+        return mask_BT / num_tokens
+    return mask_BT / mask_BT.sum(-1, keepdim=True) / num_responses
+
+
+def policy_loss(
+    logprobs_BT: Tensor, old_logprobs_BT: Tensor, advantages_BT: Tensor, *, clip_low: float, clip_high: float
+) -> Tensor:
     """The clipped surrogate per token (Schulman et al. 2017, eq. 7), to be minimised: (B, T).
 
-    −min(ρ A, clip(ρ, 1 − ε, 1 + ε) A), ρ = exp(log π − log π_old).
+    −min(ρ A, clip(ρ, 1 − ε_low, 1 + ε_high) A), ρ = exp(log π − log π_old). A higher ε_high leaves rare tokens room
+    to grow (Yu et al. 2025, DAPO, eq. 10).
     """
     assert logprobs_BT.shape == old_logprobs_BT.shape == advantages_BT.shape
     ratio_BT = (logprobs_BT - old_logprobs_BT).exp()
-    clipped_BT = ratio_BT.clamp(1 - clip, 1 + clip)
+    clipped_BT = ratio_BT.clamp(1 - clip_low, 1 + clip_high)
     return -torch.minimum(ratio_BT * advantages_BT, clipped_BT * advantages_BT)
 
 
@@ -111,10 +202,10 @@ def value_loss(values_BT: Tensor, old_values_BT: Tensor, returns_BT: Tensor, *, 
     return 0.5 * loss_BT
 
 
-def clip_fraction(logprobs_BT: Tensor, old_logprobs_BT: Tensor, is_response_BT: Tensor, *, clip: float) -> Tensor:
-    """The share of tokens whose ratio lies outside 1 ± clip: ()."""
-    outside_BT = ((logprobs_BT - old_logprobs_BT).exp() - 1).abs() > clip
-    return masked_mean(outside_BT.float(), is_response_BT)
+def is_clipped(logprobs_BT: Tensor, old_logprobs_BT: Tensor, *, clip_low: float, clip_high: float) -> Tensor:
+    """1 where the ratio lies outside [1 − clip_low, 1 + clip_high], else 0: (B, T)."""
+    ratio_BT = (logprobs_BT - old_logprobs_BT).exp()
+    return ((ratio_BT < 1 - clip_low) | (ratio_BT > 1 + clip_high)).float()
 
 
 def explained_variance(values_N: Tensor, returns_N: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ values and scores come from no-grad passes over the very batches that are learnt
 first minibatch's ratio is 1 and the first KL is 0 in every dtype.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,24 +13,25 @@ from torch import Tensor
 
 from align.adapters import AdaptedModel
 from align.context import Sampling
-from align.episodes import Episode, EpisodeBatch, collate, policy_pass, score_pass, value_pass
+from align.episodes import Episode, EpisodeBatch, collate, policy_pass, value_pass
 from align.generation import generate
 from align.heads import ScalarHead
 from align.randomness import keyed_uniforms, permutation
+from align.rewards import RewardSources, text_of
 from data.batching import length_sorted_batches
-from data.tokenization import Codec
+from data.tokenization import Codec, TokenizedPrompt
 
 REFERENCE = "sft"  # the frozen sft adapter; adapters switched off would be the raw base
 POLICY = "policy"
-REWARD = "reward"
 VALUE = "value"
 
 
 @dataclass(frozen=True)
-class Heads:
-    reward: ScalarHead
-    value: ScalarHead
-    critic_is_adapter: bool  # else the value head sits on the policy's trunk
+class Critic:
+    """A value head on the policy's trunk, or on an adapter of its own."""
+
+    head: ScalarHead
+    has_adapter: bool
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,12 @@ class MicroBatch:
     batch: EpisodeBatch
     is_response_BT: Tensor  # bool
     has_eos_B: Tensor  # bool
+    group_B: Tensor  # int64: which of the rollout's prompts each episode answers
     logprobs_BT: Tensor  # float32, of the policy as it was when the rollout was made
     ref_logprobs_BT: Tensor  # float32
     entropy_BT: Tensor  # float32, nats
-    values_BT: Tensor  # float32
-    scores_B: Tensor  # float32, the reward model's own
+    values_BT: Tensor  # float32; 0 without a critic
+    scores: Mapping[str, Tensor]  # float32 (B,), each reward source's own
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,14 @@ class Rollout:
     sampler_gap_mean: float
 
 
-def prompt_indices(seed: int, update: int, *, num_episodes: int, num_prompts: int) -> list[int]:
-    """Which prompts this update's episodes answer: epoch after epoch through keyed shuffles of all prompts."""
+def drawn_indices(seed: int, purpose: str, turn: int, *, num_drawn: int, size: int) -> list[int]:
+    """Which of `size` rows the turn draws (prompts: an update's): epoch after epoch through keyed shuffles of all."""
     indices = []
     shuffles: dict[int, list[int]] = {}
-    for number in range(update * num_episodes, (update + 1) * num_episodes):
-        epoch, place = divmod(number, num_prompts)
+    for number in range(turn * num_drawn, (turn + 1) * num_drawn):
+        epoch, place = divmod(number, size)
         if epoch not in shuffles:
-            shuffles[epoch] = permutation(seed, "prompts", epoch, size=num_prompts)
+            shuffles[epoch] = permutation(seed, purpose, epoch, size=size)
         indices.append(shuffles[epoch][place])
     return indices
 
@@ -68,31 +71,39 @@ def prompt_indices(seed: int, update: int, *, num_episodes: int, num_prompts: in
 def generate_episodes(
     model: AdaptedModel,
     codec: Codec,
-    prompts: list[tuple[int, ...]],
+    prompts: list[TokenizedPrompt],
     *,
     sampling: Sampling,
     seed: int,
     update: int,
+    responses_per_prompt: int = 1,
+    purpose: str = "sample",
 ) -> list[Episode]:
-    """One response of the policy to each prompt."""
-    numbers = list(range(update * len(prompts), (update + 1) * len(prompts)))
-    uniforms_BT = keyed_uniforms(seed, "sample", update, numbers, sampling.max_response_length)
+    """`responses_per_prompt` responses of the policy to each prompt, one prompt's side by side."""
+    asked = [(group, prompt) for group, prompt in enumerate(prompts) for _ in range(responses_per_prompt)]
+    numbers = list(range(update * len(asked), (update + 1) * len(asked)))
+    uniforms_BT = keyed_uniforms(seed, purpose, update, numbers, sampling.max_response_length)
     with model.role(POLICY):
-        responses = generate(model, codec, prompts, sampling=sampling, uniforms_BT=uniforms_BT)
-    return [Episode(p, r.ids, r.has_eos, r.logprobs) for p, r in zip(prompts, responses, strict=True)]
+        ids = [prompt.ids for _, prompt in asked]
+        responses = generate(model, codec, ids, sampling=sampling, uniforms_BT=uniforms_BT)
+    return [
+        Episode(prompt.ids, r.ids, r.has_eos, r.logprobs, text_of(prompt.messages), group)
+        for (group, prompt), r in zip(asked, responses, strict=True)
+    ]
 
 
 @torch.no_grad()
 def look(
     model: AdaptedModel,
     episodes: list[Episode],
-    heads: Heads,
+    sources: RewardSources,
+    critic: Critic | None,
     *,
     micro_batch_size: int,
     temperature: float,
     pad_id: int,
 ) -> Rollout:
-    """Compose the micro-batches and let policy, reference, reward and value each look at them."""
+    """Compose the micro-batches and let policy, reference, reward sources and critic each look at them."""
     lengths = [len(e.prompt_ids) + len(e.response_ids) for e in episodes]
     micro_batches: list[MicroBatch] = []
     gaps: list[Tensor] = []
@@ -104,29 +115,27 @@ def look(
                 model,
                 batch,
                 temperature=temperature,
-                value_head=None if heads.critic_is_adapter else heads.value,
+                value_head=critic.head if critic is not None and not critic.has_adapter else None,
                 with_entropy=True,
             )
         with model.role(REFERENCE):
             reference = policy_pass(model, batch, temperature=temperature)
-        with model.role(REWARD):
-            scores_B = score_pass(model, heads.reward, batch)
-        values_BT = policy.values_BT
-        if heads.critic_is_adapter:
+        values_BT = torch.zeros_like(policy.logprobs_BT) if policy.values_BT is None else policy.values_BT
+        if critic is not None and critic.has_adapter:
             with model.role(VALUE):
-                values_BT = value_pass(model, heads.value, batch)
+                values_BT = value_pass(model, critic.head, batch)
         assert policy.entropy_BT is not None
-        assert values_BT is not None
         micro_batches.append(
             MicroBatch(
                 batch=batch,
                 is_response_BT=batch.is_response_BT,
                 has_eos_B=torch.tensor([e.has_eos for e in chosen], device=model.device),
+                group_B=torch.tensor([e.group for e in chosen], device=model.device),
                 logprobs_BT=policy.logprobs_BT,
                 ref_logprobs_BT=reference.logprobs_BT,
                 entropy_BT=policy.entropy_BT,
                 values_BT=values_BT,
-                scores_B=scores_B,
+                scores=sources.score(batch, chosen),
             )
         )
         sampled = torch.tensor([x for e in chosen for x in e.sampler_logprobs], device=model.device)

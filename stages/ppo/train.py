@@ -2,66 +2,81 @@
 
 import logging
 import time
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
-import torch
-from torch import Tensor
-
 from align.adapters import AdaptedModel
-from align.checkpoints import load_newest, save_checkpoint
+from align.checkpoints import Checkpoint, load_newest, save_checkpoint
 from align.config import PPOConfig
 from align.context import PPOInputs, Sampling, StageContext, StageResult
-from align.errors import ArtifactError, InvariantError
-from align.heads import ScalarHead, ScoreStatistics, load_head
-from data.tokenization import encode_prompts
-from stages.ppo import objective
+from align.errors import InvariantError
+from align.rewards import AS_IT_IS, RewardModel, load_reward_models, reward_sources
+from data.records import Account
+from data.tokenization import Codec, TokenizedPrompt, encode_demonstrations, encode_prompts
 from stages.ppo.actor_critic import ActorCritic
-from stages.ppo.learn import Lesson, estimate, learn, ratio_tolerance
-from stages.ppo.rollout import REFERENCE, REWARD, Heads, Rollout, generate_episodes, look, prompt_indices
+from stages.ppo.guard import Guard, HeldOut
+from stages.ppo.learn import Learner, Lesson, Texts, estimate, ratio_tolerance
+from stages.ppo.metrics import describe
+from stages.ppo.rollout import REFERENCE, Rollout, drawn_indices, generate_episodes, look
+from stages.ppo.shaping import Shaper
 
 _log = logging.getLogger(__name__)
 
 
 def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> StageResult:
-    """Train a policy adapter against the reward model with PPO (Schulman et al. 2017; Ziegler et al. 2019).
+    """Train a policy adapter against the reward sources with PPO (Schulman et al. 2017; Ziegler et al. 2019).
 
     Raises:
-        ArtifactError: the reward head is damaged, of another width, or without its statistics.
-        DataError: too many prompts do not fit, or none does.
+        ArtifactError: a reward head is damaged, of another width, or without its statistics.
+        ConfigError, ModelError: a reward source cannot be made ready.
+        DataError: too many prompts or texts do not fit, or none does.
+        RewardFunctionError: a reward function failed.
         InvariantError: a run-time invariant does not hold (see DESIGN).
     """
     model, tracker = context.model, context.tracker
     codec = model.base.codec(context.system_prompt)
-    tokenized, rejects = encode_prompts(codec, inputs.prompts, max_prompt_length=config.rollout.max_prompt_length)
-    account = context.set_aside("prompts", len(inputs.prompts), rejects)
-    prompts = [prompt.ids for prompt in tokenized]
-    reward_head, statistics = load_frozen_roles(inputs, model, seed=context.seed)
-    scale = statistics if config.rewards.normalize else ScoreStatistics(0.0, 1.0, 0)
-    learner = ActorCritic(model, reward_head, scale, config.critic, config.optimizer)
-    heads = Heads(reward_head, learner.value_head, learner.critic_is_adapter)
-    first_update, kept = _resume(learner, context)
-    frozen = {name: model.checksum(name) for name in (REFERENCE, REWARD)}
+    rows = _tokenize(config, inputs, codec, context)
+    members = load_frozen_roles(inputs, model, seed=context.seed)
+    sources = reward_sources(config.rewards, members, model, codec)
+    actor_critic = _make_actor_critic(config, members, model)
     sampling = Sampling.of(config.rollout)
-    beta = config.kl.coefficient
+    micro_batch_size = config.loss.micro_batch_size
+    shaper = Shaper(config.rewards, config.kl, sources, max_response_length=sampling.max_response_length)
+    learner = Learner(actor_critic, model, config, seed=context.seed, texts=rows.ptx)
+    guard = Guard(config.guard, HeldOut(rows.held_out, sources, sampling, codec, context.seed, micro_batch_size))
+    first_update, kept = _resume(actor_critic, shaper, guard, context)
+    frozen = {name: model.checksum(name) for name in (REFERENCE, *(member.adapter for member in members))}
     _warn_of_truncation(config)
+    if first_update == 0 and guard.is_due(0):
+        tracker.log(0, guard.look(actor_critic, model, update=0))
 
+    reason, step = None, first_update
     for update in range(first_update, config.updates):
         clock = [time.perf_counter()]
-        rate = learner.set_learning_rate(update, config.updates)
+        rate = actor_critic.set_learning_rate(update, config.updates)
         tracker.progress(update, config.updates, f"update {update + 1}")
 
         # Roll out
-        numbers = prompt_indices(context.seed, update, num_episodes=config.rollout.episodes, num_prompts=len(prompts))
-        chosen = [prompts[i] for i in numbers]
-        episodes = generate_episodes(model, codec, chosen, sampling=sampling, seed=context.seed, update=update)
+        num_drawn = config.rollout.episodes // config.rollout.responses_per_prompt
+        drawn = drawn_indices(context.seed, "prompts", update, num_drawn=num_drawn, size=len(rows.prompts))
+        episodes = generate_episodes(
+            model,
+            codec,
+            [rows.prompts[i] for i in drawn],
+            sampling=sampling,
+            seed=context.seed,
+            update=update,
+            responses_per_prompt=config.rollout.responses_per_prompt,
+        )
         clock.append(time.perf_counter())
 
-        # Score: the policy, the reference, the reward model and the critic look at the same micro-batches
+        # Score: policy, reference, reward sources and critic look at the same micro-batches
         rollout = look(
             model,
             episodes,
-            heads,
-            micro_batch_size=config.loss.micro_batch_size,
+            sources,
+            actor_critic.critic,
+            micro_batch_size=micro_batch_size,
             temperature=sampling.temperature,
             pad_id=codec.pad_id,
         )
@@ -70,35 +85,88 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
             kept["first_step_kl"] = _verify_policy_is_reference(rollout, model)
 
         # Shape and estimate advantages
-        rewards, shaped = shape(rollout, scale, config)
-        lesson = estimate(rollout, rewards, config)
+        shaped = shaper.shape(rollout)
+        advantages, returns = estimate(rollout, shaped.rewards, config.advantage)
+        lesson = Lesson(rollout, advantages, returns, shaper.kl_coefficient)
 
         # Update
-        learnt = learn(learner, lesson, config, model, seed=context.seed, update=update)
+        learnt = learner.learn(lesson, update=update)
         kept.setdefault("first_minibatch_ratio_error", learnt["policy/first_ratio_error"])
         _verify_frozen(model, frozen)
         clock.append(time.perf_counter())
 
-        # Log and checkpoint
+        # Log, adapt the KL coefficient, look at held-out prompts, checkpoint
         step = update + 1
-        metrics = {**describe(rollout, lesson, shaped, beta), **learnt, "optimizer/learning_rate": rate}
-        tracker.log(step, {"episode": step * len(episodes), **metrics})
-        seconds = [after - before for before, after in pairwise(clock)]
-        tracker.log_timing(
-            step, dict(zip(("seconds/generate", "seconds/score", "seconds/learn"), seconds, strict=True))
+        metrics = describe(lesson, shaped, sources, has_critic=actor_critic.critic is not None)
+        shaper.adapt(metrics["objective/kl"], num_episodes=len(episodes))
+        looked = guard.look(actor_critic, model, update=step) if guard.is_due(step) else {}
+        tracker.log(
+            step, {"episode": step * len(episodes), **metrics, **learnt, "optimizer/learning_rate": rate, **looked}
         )
+        seconds = [after - before for before, after in pairwise([*clock, time.perf_counter()])]
+        names = ("seconds/generate", "seconds/score", "seconds/learn", "seconds/rest")
+        tracker.log_timing(step, dict(zip(names, seconds, strict=True)))
+        reason = guard.reason_to_stop(metrics["objective/kl"])
+        if reason is not None:
+            break
         if step % config.checkpoint_every == 0 and step < config.updates:
-            save_checkpoint(
-                context.folder / "checkpoints",
-                learner.checkpoint(step, dict(kept)),
-                stage="ppo",
-                base_identity=model.base_identity,
-                keep=config.keep_checkpoints,
-            )
+            _checkpoint(step, actor_critic, shaper, guard, kept, config, context)
 
+    if reason is not None:
+        actor_critic.put_back(guard.best)
+        _log.warning("stopped after update %d: %s; kept: the policy after update %d", step, reason, guard.best_update)
     tracker.progress(config.updates, config.updates, "done")
-    artifacts = learner.save(context.folder, step=config.updates)
-    return StageResult("ppo", artifacts, {**kept, "updates": config.updates}, account)
+    artifacts = actor_critic.save(context.folder, step=guard.best_update if reason else step)
+    ending = {"updates": step, "stopped": reason, "kept_update": guard.best_update if reason else step}
+    return StageResult("ppo", artifacts, {**kept, **ending}, rows.account)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What PPO reads, tokenized."""
+
+    prompts: list[TokenizedPrompt]
+    held_out: list[TokenizedPrompt]
+    ptx: Texts | None
+    account: Account
+
+
+def _tokenize(config: PPOConfig, inputs: PPOInputs, codec: Codec, context: StageContext) -> _Rows:
+    length = config.rollout.max_prompt_length
+    prompts, rejects = encode_prompts(codec, inputs.prompts, max_prompt_length=length)
+    account = context.set_aside("prompts", len(inputs.prompts), rejects)
+    held_out: list[TokenizedPrompt] = []
+    if config.guard.every is not None:
+        chosen = inputs.held_out[-config.guard.prompts :]
+        held_out, rejects = encode_prompts(codec, chosen, max_prompt_length=length)
+        account += context.set_aside("held_out", len(chosen), rejects)
+    ptx = None
+    if config.loss.ptx_coefficient:
+        texts, rejects = encode_demonstrations(codec, inputs.ptx, max_length=config.loss.ptx_max_length)
+        account += context.set_aside("ptx", len(inputs.ptx), rejects)
+        ptx = Texts(texts, codec.pad_id)
+    return _Rows(prompts, held_out, ptx, account)
+
+
+def load_frozen_roles(inputs: PPOInputs, model: AdaptedModel, *, seed: int) -> tuple[RewardModel, ...]:
+    """Load the reference and the reward models."""
+    if inputs.sft is None:
+        model.add(REFERENCE, seed=seed)  # zero: the reference is then the base itself, by the same code path
+    else:
+        model.load(REFERENCE, inputs.sft.path)
+    return load_reward_models(model, inputs.reward_models)
+
+
+def _make_actor_critic(config: PPOConfig, members: tuple[RewardModel, ...], model: AdaptedModel) -> ActorCritic:
+    if config.advantage.estimator != "gae":
+        return ActorCritic(model, None, config.optimizer)
+    start = None
+    if config.critic.kind == "adapter" and members:
+        weight = next(source.weight for source in config.rewards.sources if source.kind == "reward")
+        scale = members[0].scale if config.rewards.normalize == "model" or len(members) > 1 else AS_IT_IS
+        # V starts as weight · (score − mean)/std
+        start = (members[0], replace(scale, std=scale.std / weight) if weight else scale)
+    return ActorCritic(model, config.critic, config.optimizer, start=start)
 
 
 def _warn_of_truncation(config: PPOConfig) -> None:
@@ -115,76 +183,32 @@ def _warn_of_truncation(config: PPOConfig) -> None:
         )
 
 
-def load_frozen_roles(inputs: PPOInputs, model: AdaptedModel, *, seed: int) -> tuple[ScalarHead, ScoreStatistics]:
-    """Load the reference and the reward model; returns its head and its score's scale."""
-    if inputs.sft is None:
-        model.add(REFERENCE, seed=seed)  # zero: the reference is then the base itself, by the same code path
-    else:
-        model.load(REFERENCE, inputs.sft.path)
-    model.load(REWARD, inputs.reward_adapter.path)
-    head, statistics = load_head(inputs.reward_head.path, device=model.device)
-    if head.weight.shape[1] != model.hidden_size:
-        raise ArtifactError(
-            f"{inputs.reward_head.path} is a head for hidden size {head.weight.shape[1]}, this base has "
-            f"{model.hidden_size}; use the base that the reward model was trained on"
-        )
-    if statistics is None:
-        raise ArtifactError(
-            f"{inputs.reward_head.path} holds no statistics.json (the score's mean and std on SFT samples): train the "
-            "reward stage here, or set ppo.rewards.normalize=false and write one with mean 0 and std 1"
-        )
-    return head, statistics
+def _checkpoint(
+    step: int,
+    actor_critic: ActorCritic,
+    shaper: Shaper,
+    guard: Guard,
+    kept: dict[str, float],
+    config: PPOConfig,
+    context: StageContext,
+) -> None:
+    """What a bit-exact continuation needs; all randomness and the learning rate are functions of the update."""
+    groups = actor_critic.checkpoint_groups()
+    state: dict[str, object] = {"verified": kept, "shaper": shaper.state()}
+    if guard.best:
+        groups, state = {**groups, "best": guard.best}, {**state, "guard": guard.state()}
+    save_checkpoint(
+        context.folder / "checkpoints",
+        Checkpoint(step, groups, state),
+        stage="ppo",
+        base_identity=context.model.base_identity,
+        keep=config.keep_checkpoints,
+    )
 
 
-def shape(rollout: Rollout, scale: ScoreStatistics, config: PPOConfig) -> tuple[list[Tensor], list[Tensor]]:
-    """Per-token rewards (B, T) and shaped scores (B,) of each micro-batch."""
-    rewards, shaped = [], []
-    for mb in rollout.micro_batches:
-        scores_B = objective.shaped_scores(
-            mb.scores_B,
-            mb.has_eos_B,
-            mean=scale.mean,
-            std=scale.std,
-            clip=config.rewards.clip,
-            missing_eos_penalty=config.rewards.missing_eos_penalty,
-        )
-        kl_BT = objective.kl_k1(mb.logprobs_BT, mb.ref_logprobs_BT)
-        rewards.append(
-            objective.token_rewards(scores_B, kl_BT, mb.is_response_BT, kl_coefficient=config.kl.coefficient)
-        )
-        shaped.append(scores_B)
-    return rewards, shaped
-
-
-def describe(rollout: Rollout, lesson: Lesson, shaped: list[Tensor], kl_coefficient: float) -> dict[str, float]:
-    """The rollout's metrics, under the field's names. objective/kl is k1 summed over a response, in nats."""
-    mbs = rollout.micro_batches
-    kl_B = torch.cat([objective.kl_k1(mb.logprobs_BT, mb.ref_logprobs_BT).sum(-1) for mb in mbs])
-    k3_B = torch.cat([objective.kl_k3(mb.logprobs_BT, mb.ref_logprobs_BT).sum(-1) for mb in mbs])
-    scores_B = torch.cat([mb.scores_B for mb in mbs])
-    shaped_B = torch.cat(shaped)
-    lengths_B = torch.cat([mb.is_response_BT.sum(-1) for mb in mbs]).float()
-    entropy_B = torch.cat([mb.entropy_BT.sum(-1) for mb in mbs])
-    values_N = torch.cat([mb.values_BT[mb.is_response_BT] for mb in mbs])
-    returns_N = torch.cat([r[mb.is_response_BT] for r, mb in zip(lesson.returns, mbs, strict=True)])
-    values = {
-        "objective/kl": kl_B.mean(),
-        "objective/kl_k3": k3_B.mean(),
-        "objective/score": scores_B.mean(),
-        "objective/score_std": scores_B.std(unbiased=False),
-        "objective/shaped_score": shaped_B.mean(),
-        "objective/rlhf_reward": shaped_B.mean() - kl_coefficient * kl_B.mean(),
-        "policy/entropy": entropy_B.sum() / lengths_B.sum(),
-        "rollout/response_length": lengths_B.mean(),
-        "rollout/eos_rate": torch.cat([mb.has_eos_B for mb in mbs]).float().mean(),
-        "value/mean": values_N.mean(),
-        "value/explained_variance": objective.explained_variance(values_N, returns_N),
-    }
-    gaps = {"rollout/sampler_gap_max": rollout.sampler_gap_max, "rollout/sampler_gap_mean": rollout.sampler_gap_mean}
-    return {name: value.item() for name, value in values.items()} | gaps
-
-
-def _resume(learner: ActorCritic, context: StageContext) -> tuple[int, dict[str, float]]:
+def _resume(
+    actor_critic: ActorCritic, shaper: Shaper, guard: Guard, context: StageContext
+) -> tuple[int, dict[str, float]]:
     """The update to begin with, and the first update's verified numbers."""
     if not context.resume:
         return 0, {}
@@ -192,12 +216,20 @@ def _resume(learner: ActorCritic, context: StageContext) -> tuple[int, dict[str,
     for note in notes:
         _log.warning(note)
     if checkpoint is None:
-        context.tracker.rewind(0)
+        context.tracker.rewind(-1)
         return 0, {}
-    learner.restore(checkpoint)
+    actor_critic.restore(checkpoint)
+    state = checkpoint.state
+    shaper.restore(_numbers(state["shaper"]))
+    if "guard" in state:
+        guard.restore(_numbers(state["guard"]), checkpoint.groups["best"])
     context.tracker.rewind(checkpoint.step)
-    kept = {key: float(str(value)) for key, value in checkpoint.state.items() if key != "environment"}
-    return checkpoint.step, kept
+    return checkpoint.step, _numbers(state["verified"])
+
+
+def _numbers(section: object) -> dict[str, float]:
+    assert isinstance(section, dict)
+    return {str(key): float(value) for key, value in section.items()}
 
 
 def _verify_policy_is_reference(rollout: Rollout, model: AdaptedModel) -> float:

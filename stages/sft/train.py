@@ -14,10 +14,10 @@ from align.adapters import AdaptedModel
 from align.artifacts import write_directory
 from align.config import SFTConfig
 from align.context import SFTInputs, StageContext, StageResult
-from align.episodes import token_logprobs
+from align.episodes import text_pass
 from align.errors import InvariantError
 from align.restore import lent
-from data.batching import length_sorted_batches, right_pad
+from data.batching import length_sorted_batches
 from data.tokenization import TokenizedDemonstration, encode_demonstrations
 from stages.sft.objective import negative_log_likelihood
 from stages.trainer import ReportToTracker, trainer_arguments
@@ -109,9 +109,5 @@ def held_out_nll(
     with model.role(SFT):
         for done, group in enumerate(groups):
             on_progress(done, len(groups))
-            ids_BS, is_token_BS = right_pad([rows[i].ids for i in group], pad_id, model.device)
-            is_learnt_BS, _ = right_pad([rows[i].is_response for i in group], 0, model.device)
-            at_B, before_S = is_learnt_BS[:, 1:].nonzero(as_tuple=True)  # nothing predicts a row's first token
-            hidden_NH = model.hidden(ids_BS, is_token_BS)[at_B, before_S]
-            logprobs.append(token_logprobs(model, hidden_NH, ids_BS[at_B, before_S + 1], 1.0, with_entropy=False)[0])
+            logprobs.append(text_pass(model, [rows[i] for i in group], pad_id=pad_id))
     return negative_log_likelihood(torch.cat(logprobs)).item()

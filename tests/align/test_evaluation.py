@@ -6,7 +6,7 @@ from typing import cast
 import pytest
 import torch
 
-from align.config import EvaluationConfig
+from align.config import EvaluationConfig, RewardsConfig
 from align.context import EvaluationInputs
 from align.episodes import Episode, collate, policy_pass, score_pass
 from align.evaluation.gold import NLL_BAND, base_nll, gold_score, repetition
@@ -74,7 +74,7 @@ def test_intervals_are_over_prompts_not_over_answers() -> None:
 def test_without_gold_the_reward_model_judges_and_says_so() -> None:
     found = compare(replace(SFT, golds=[]), replace(PPO, golds=[]), samples=2, seed=0)
     assert found["win_rate"] == pytest.approx(0.625)  # by score: won, tied, lost, won
-    assert found["win_rate_judge"] == "reward model"
+    assert found["win_rate_judge"] == "reward"
     assert not any(name.startswith("gold") for name in found)
 
 
@@ -93,8 +93,8 @@ def evaluated(root: Path, policy: str) -> Mapping[str, object]:
     """Evaluation of SFT against a policy that is the sft adapter itself, or the reward adapter."""
     made = ppo_inputs(root)
     assert made.sft is not None
-    adapter = {"sft": made.sft, "reward": made.reward_adapter}[policy]
-    inputs = EvaluationInputs(made.sft, adapter, made.reward_adapter, made.reward_head, made.prompts, SAMPLING)
+    adapter = {"sft": made.sft, "reward": made.reward_models[0].adapter}[policy]
+    inputs = EvaluationInputs(made.sft, adapter, made.reward_models, RewardsConfig(), made.prompts, SAMPLING)
     config = EvaluationConfig(prompts=4, samples=3, gold="sentiment", show=2)
     return run_evaluation(config, inputs, context_of(resident(), root, "evaluation")).metrics
 
@@ -112,7 +112,7 @@ def test_an_evaluation_by_a_plain_loop(tmp_path: Path) -> None:
     found = evaluated(tmp_path, "reward")
     made = ppo_inputs(tmp_path / "again")
     model = with_adapters("llama", "sft", "reward")  # the adapters that the artifacts were made of
-    codec, head = model.base.codec(None), load_head(made.reward_head.path, device=model.device)[0]
+    codec, head = model.base.codec(None), load_head(made.reward_models[0].head.path, device=model.device)[0]
     prompts = [tuple(encode_prompt(codec, prompt.messages)) for prompt in made.prompts[:4] for _ in range(3)]
     seed = context_of(model, tmp_path / "again", "evaluation").seed
     uniforms = keyed_uniforms(seed, "evaluation", 0, list(range(12)), SAMPLING.max_response_length)

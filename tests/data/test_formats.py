@@ -88,8 +88,8 @@ def test_each_prompt_format_becomes_messages(row: Row) -> None:
     assert parse_row(row, "f:1", "prompt") == Prompt(ASKED, "f:1")
 
 
-def test_text_is_plain_text() -> None:
-    assert parse_row({"text": "Once.", "id": 3}, "f:1", "text") == PlainText("Once.", "f:1")
+def test_text_is_a_demonstration_without_turns() -> None:
+    assert parse_row({"text": "Once.", "id": 3}, "f:1", "demonstration") == PlainText("Once.", "f:1")
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_text_is_plain_text() -> None:
         ("prompt", {"messages": [USER, ANSWER]}, "role order", "messages"),
         ("prompt", {"prompt": ""}, "empty prompt", "prompt"),
         ("prompt", {}, "missing field", "prompt"),
-        ("text", {"text": " "}, "empty text", "text"),
+        ("demonstration", {"text": " "}, "empty text", "text"),
     ],
 )
 def test_a_row_that_does_not_fit_is_rejected_with_its_reason_and_field(
@@ -148,4 +148,4 @@ def test_a_rejects_detail_shows_what_was_seen_in_one_short_line() -> None:
 
 
 def test_every_kind_has_its_formats_named() -> None:
-    assert set(FORMATS) == {"demonstration", "comparison", "prompt", "text"}
+    assert set(FORMATS) == {"demonstration", "comparison", "prompt"}

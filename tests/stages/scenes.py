@@ -8,11 +8,13 @@ import torch
 from align.adapters import AdaptedModel
 from align.artifacts import Artifact, sha256_of_file, write_directory
 from align.config import PPOConfig
-from align.context import PPOInputs, Sampling, StageContext
+from align.context import PPOInputs, RewardModelArtifacts, Sampling, StageContext
 from align.heads import ScalarHead, ScoreStatistics, save_head
 from align.randomness import stage_seed
+from align.rewards import RewardModel, RewardSources, reward_sources
 from align.tracking import Tracker
 from data.records import Comparison, Demonstration, Message, Prompt
+from data.tokenization import TokenizedPrompt
 from tests.resident import with_adapters
 
 STATISTICS = ScoreStatistics(0.5, 2.0, 8)
@@ -42,6 +44,19 @@ def demonstrations(count: int, answer: str = "yes") -> tuple[Demonstration, ...]
 def comparisons(count: int, *, chosen: str = "good", rejected: str = "bad", start: int = 0) -> tuple[Comparison, ...]:
     numbers = range(start, start + count)
     return tuple(Comparison(asked(f"q{i}"), f"{chosen} {i}", f"{rejected} {i}", f"test:{i}") for i in numbers)
+
+
+def tokenized(*prompts: tuple[int, ...]) -> list[TokenizedPrompt]:
+    return [TokenizedPrompt(ids, asked(f"prompt {n}"), f"test:{n}") for n, ids in enumerate(prompts)]
+
+
+def reward_model_of(model: AdaptedModel, scale: ScoreStatistics = STATISTICS, *, seed: int = 1) -> RewardModel:
+    """The adapter `reward` that is on the model, with a head of `seed`."""
+    return RewardModel("reward", ScalarHead(model.hidden_size).initialize(seed), scale)
+
+
+def sources_of(config: PPOConfig, model: AdaptedModel, *members: RewardModel) -> RewardSources:
+    return reward_sources(config.rewards, members, model, model.base.codec(None))
 
 
 def prompts(count: int) -> tuple[Prompt, ...]:
@@ -80,12 +95,12 @@ def ppo_inputs(
         return write_directory(path, fill, kind=kind, stage=stage, step=1, base_identity=made.base_identity)  # type: ignore[arg-type]
 
     head = ScalarHead(made.hidden_size).initialize(1)
-    return PPOInputs(
-        sft=write("sft", "adapter", lambda path: made.save("sft", path)) if sft else None,
-        reward_adapter=write("reward", "adapter", lambda path: made.save("reward", path)),
-        reward_head=write("reward", "head", lambda path: save_head(head, path, statistics)),
-        prompts=prompts(10),
+    reward_model = RewardModelArtifacts(
+        adapter=write("reward", "adapter", lambda path: made.save("reward", path)),
+        head=write("reward", "head", lambda path: save_head(head, path, statistics)),
     )
+    sft_adapter = write("sft", "adapter", lambda path: made.save("sft", path)) if sft else None
+    return PPOInputs(sft_adapter, (reward_model,), prompts(10))
 
 
 def metrics_of(folder: Path) -> list[dict[str, float]]:

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from align.adapters import AdaptedModel
-from align.checkpoints import load_newest, save_checkpoint
+from align.checkpoints import Checkpoint, load_newest, save_checkpoint
 from align.config import CriticConfig, OptimizerConfig
 from align.errors import InvariantError
 from align.heads import ScalarHead, ScoreStatistics, load_head
+from align.rewards import RewardModel
 from stages.ppo.actor_critic import ActorCritic
 from tests.resident import SHAPES, resident, with_adapters
 
@@ -19,19 +20,20 @@ def learner_of(model: AdaptedModel, kind: str = "head", **optimizer: object) -> 
     head = ScalarHead(model.hidden_size).initialize(1)
     head.bias.data.fill_(0.3)
     critic = CriticConfig.model_validate({"kind": kind, "learning_rate": 3e-2})
-    return ActorCritic(
-        model, head, STATISTICS, critic, OptimizerConfig.model_validate({"learning_rate": 1e-2, **optimizer})
-    )
+    start = (RewardModel("reward", head, STATISTICS), STATISTICS)
+    own = OptimizerConfig.model_validate({"learning_rate": 1e-2, **optimizer})
+    return ActorCritic(model, critic, own, start=start)
+
+
+def value_head_of(learner: ActorCritic) -> ScalarHead:
+    assert learner.critic is not None
+    return learner.critic.head
 
 
 def give_gradients(learner: ActorCritic, seed: int, scale: float = 1.0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for tensor in learner.names:
         tensor.grad = scale * torch.randn(tensor.shape, generator=generator)
-
-
-def state_of(learner: ActorCritic) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().clone() for tensor, name in learner.names.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -41,7 +43,7 @@ def test_what_is_trained_is_the_policy_and_the_critic_and_nothing_else(shape: st
     learner = learner_of(model, kind)
     assert model.checksum("policy") == model.checksum("sft")
     trained = {id(tensor) for tensor in learner.names}
-    expected = [*model.tensors("policy").values(), *learner.value_head.parameters()]
+    expected = [*model.tensors("policy").values(), *value_head_of(learner).parameters()]
     if kind == "adapter":
         assert model.checksum("value") == model.checksum("reward")
         expected += model.tensors("value").values()
@@ -54,12 +56,12 @@ def test_what_is_trained_is_the_policy_and_the_critic_and_nothing_else(shape: st
 def test_a_head_critic_starts_at_0_and_an_adapter_critic_at_the_normalised_score() -> None:
     hidden = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert not learner_of(with_adapters("llama", "sft", "reward")).value_head(hidden).any()
+        assert not value_head_of(learner_of(with_adapters("llama", "sft", "reward")))(hidden).any()
         reward_head = ScalarHead(32).initialize(1)
         reward_head.bias.data.fill_(0.3)
         expected = (reward_head(hidden) - STATISTICS.mean) / STATISTICS.std
         learner = learner_of(with_adapters("llama", "sft", "reward"), "adapter")
-        torch.testing.assert_close(learner.value_head(hidden), expected)
+        torch.testing.assert_close(value_head_of(learner)(hidden), expected)
 
 
 def test_policy_and_critic_have_rates_of_their_own_on_one_schedule() -> None:
@@ -89,14 +91,14 @@ def test_a_gradient_that_is_not_finite_stops_before_anything_changes(which: str,
     learner = learner_of(with_adapters("llama", "sft", "reward"))
     give_gradients(learner, 0)
     learner.step()
-    before = state_of(learner)
+    before = learner.snapshot()
     give_gradients(learner, 1)
     tensor = next(tensor for tensor, name in learner.names.items() if name.startswith(which))
     assert tensor.grad is not None
     tensor.grad.view(-1)[0] = bad
     with pytest.raises(InvariantError, match=r"gradient norm is (nan|inf) before the optimizer's step"):
         learner.step()
-    after = state_of(learner)
+    after = learner.snapshot()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
@@ -112,14 +114,14 @@ def test_a_learner_from_a_checkpoint_goes_on_exactly(kind: str, tmp_path: Path) 
     steps(whole, range(5))
     stopped = learner_of(with_adapters("llama", "sft", "reward"), kind)
     steps(stopped, range(3))
-    save_checkpoint(tmp_path, stopped.checkpoint(3, {}), stage="ppo", base_identity="a", keep=1)
+    save_checkpoint(tmp_path, Checkpoint(3, stopped.checkpoint_groups(), {}), stage="ppo", base_identity="a", keep=1)
     found, _ = load_newest(tmp_path, base_identity="a")
     assert found is not None
     resumed = learner_of(with_adapters("llama", "sft", "reward"), kind)
     resumed.restore(found)
     steps(resumed, range(3, 5))
-    expected = state_of(whole)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in state_of(resumed).items())
+    expected = whole.snapshot()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in resumed.snapshot().items())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,7 +137,7 @@ def test_policy_and_critic_are_saved_and_come_back(kind: str, tmp_path: Path) ->
     assert other.checksum("policy") == model.checksum("policy") != model.checksum("sft")
     head, statistics = load_head(found["head"].path, device=model.device)
     assert statistics is None
-    assert torch.equal(head.weight, learner.value_head.weight)
+    assert torch.equal(head.weight, value_head_of(learner).weight)
     if kind == "adapter":
         other.load("value", found["value_adapter"].path)
         assert other.checksum("value") == model.checksum("value")

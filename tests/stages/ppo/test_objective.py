@@ -1,4 +1,6 @@
+import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -17,10 +19,23 @@ def mask_of(lengths: list[int]) -> Tensor:
     return torch.arange(max(lengths))[None] < torch.tensor(lengths)[:, None]
 
 
-def test_the_masked_mean_counts_real_tokens_only() -> None:
-    # (1 + 2 + 6) / 3, whatever stands at the padding
-    values_BT = torch.tensor([[1.0, 2.0], [6.0, 99.0]])
-    assert objective.masked_mean(values_BT, mask_of([2, 1])).item() == 3.0
+def test_the_weights_of_a_mean_by_token_and_by_sequence() -> None:
+    # Two responses, of three tokens and of one. By token each counts ¼; by sequence ½·⅓ and ½.
+    mask_BT = mask_of([3, 1])
+    totals = {"num_tokens": 4, "num_responses": 2}
+    by_token_BT = objective.loss_weights(mask_BT, average="token", **totals)
+    torch.testing.assert_close(by_token_BT, torch.tensor([[0.25, 0.25, 0.25], [0.25, 0.0, 0.0]]))
+    by_sequence_BT = objective.loss_weights(mask_BT, average="sequence", **totals)
+    torch.testing.assert_close(by_sequence_BT, torch.tensor([[1 / 6, 1 / 6, 1 / 6], [0.5, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("average", ["token", "sequence"])
+def test_the_weights_of_micro_batches_add_up_to_1_however_a_minibatch_is_cut(average: str) -> None:
+    lengths = [4, 1, 2, 3, 3]
+    for cuts in ([5], [2, 3], [1, 1, 1, 1, 1]):
+        parts = [mask_of(lengths[sum(cuts[:i]) : sum(cuts[: i + 1])]) for i in range(len(cuts))]
+        weights = [objective.loss_weights(m, average=average, num_tokens=13, num_responses=5) for m in parts]
+        assert sum(w.sum().item() for w in weights) == pytest.approx(1, rel=1e-6)
 
 
 def test_k1_and_k3_of_one_token() -> None:
@@ -62,13 +77,120 @@ def test_k1_in_the_reward_has_the_gradient_of_the_kl_divergence() -> None:
     torch.testing.assert_close(of_loss, torch.zeros_like(of_loss))
 
 
+def test_k2_in_the_loss_has_the_gradient_of_the_kl_divergence_and_k3_only_its_direction() -> None:
+    logits_V, ref_V = drawn(7, seed=2).requires_grad_(), drawn(7, seed=3).log_softmax(-1)
+    logprobs_V = logits_V.log_softmax(-1)
+    k1_V = objective.kl_k1(logprobs_V[None], ref_V[None])[0]
+    (exact,) = torch.autograd.grad((logprobs_V.exp() * k1_V).sum(), logits_V, retain_graph=True)
+
+    def of_loss(estimator: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        values_V = estimator(logprobs_V[None], ref_V[None])[0]
+        return torch.autograd.grad((logprobs_V.exp().detach() * values_V).sum(), logits_V, retain_graph=True)[0]
+
+    torch.testing.assert_close(of_loss(objective.kl_k2), exact)
+    biased = of_loss(objective.kl_k3)
+    assert (biased - exact).norm() > 0.2 * exact.norm()
+    assert torch.cosine_similarity(biased, exact, dim=0) > 0.6
+
+
+def test_k2_of_one_token() -> None:
+    # ½ (ln 0.5 − ln 0.25)² = ½ (ln 2)²
+    own, ref = torch.tensor([[0.5]]).log(), torch.tensor([[0.25]]).log()
+    assert objective.kl_k2(own, ref).item() == pytest.approx(math.log(2) ** 2 / 2)
+
+
+@pytest.mark.parametrize(
+    ("kl", "expected"),
+    [
+        (6.0, 0.1),  # on target
+        (6.6, 0.1 * 1.001),  # 10 % over: 1 + 0.1·100/10000
+        (60.0, 0.1 * 1.002),  # far over: the error is cut at 0.2
+        (0.0, 0.1 * 0.998),
+    ],
+)
+def test_the_adaptive_coefficient_follows_the_kl(kl: float, expected: float) -> None:
+    found = objective.adaptive_kl_coefficient(0.1, kl, target=6.0, horizon=10_000, num_episodes=100)
+    assert found == pytest.approx(expected)
+
+
+def test_running_moments_are_those_of_everything_seen() -> None:
+    moments, batches = objective.RunningMoments(), [2 + 3 * drawn(n, seed=n) for n in (1, 4, 7)]
+    assert (moments.mean, moments.std) == (0.0, 1.0)
+    for batch_B in batches:
+        moments.add(batch_B)
+    everything = torch.cat(batches)
+    assert moments.count == 12
+    assert moments.mean == pytest.approx(everything.mean().item())
+    assert moments.std == pytest.approx(everything.std(unbiased=False).item())
+
+
+def test_running_moments_of_one_value_leave_scores_unscaled() -> None:
+    moments = objective.RunningMoments()
+    moments.add(torch.tensor([3.0, 3.0]))
+    assert (moments.mean, moments.std) == (3.0, 1.0)
+
+
 def test_scores_are_normalised_then_clipped_then_penalised() -> None:
-    # mean 1, std 2: (2−1)/2 = 0.5; (41−1)/2 = 20 → 5; (−39−1)/2 = −20 → −5, and −5 − 1 without EOS: not clipped away
+    # mean 1, std 2: (2−1)/2 = 0.5; (41−1)/2 = 20 → 5; (−39−1)/2 = −20 → −5, and −5 − 1 without EOS: not clipped away.
+    # Length penalty 0.4 at 8 tokens: 2 → 0.1, 4 → 0.2, 8 → 0.4
     scores_B, has_eos_B = torch.tensor([2.0, 41.0, -39.0]), torch.tensor([True, True, False])
-    shaped_B = objective.shaped_scores(scores_B, has_eos_B, mean=1.0, std=2.0, clip=5.0, missing_eos_penalty=1.0)
-    assert shaped_B.tolist() == [0.5, 5.0, -6.0]
-    shaped_B = objective.shaped_scores(scores_B, has_eos_B, mean=0.0, std=1.0, clip=None, missing_eos_penalty=0.0)
+    lengths_B = torch.tensor([2, 4, 8])
+    shaped_B = objective.shaped_scores(
+        scores_B, has_eos_B, lengths_B, mean=1.0, std=2.0, clip=5.0, missing_eos_penalty=1.0, length_penalty=0.4,
+        max_response_length=8,
+    )  # fmt: skip
+    assert shaped_B.tolist() == pytest.approx([0.4, 4.8, -6.4])
+    shaped_B = objective.shaped_scores(
+        scores_B, has_eos_B, lengths_B, mean=0.0, std=1.0, clip=None, missing_eos_penalty=0.0, length_penalty=0.0,
+        max_response_length=8,
+    )  # fmt: skip
     assert shaped_B.tolist() == scores_B.tolist()
+
+
+def test_rloo_compares_with_the_mean_of_the_others() -> None:
+    # 1 against (2 + 6)/2 = 4; 2 against 3.5; 6 against 1.5
+    found = objective.rloo(torch.tensor([[1.0, 2.0, 6.0], [5.0, 5.0, 5.0]]))
+    assert found.tolist() == [[-3.0, -1.5, 4.5], [0.0, 0.0, 0.0]]
+
+
+def test_grpo_compares_in_units_of_the_prompts_own_spread() -> None:
+    # mean 3, sample std √7 = √((4 + 1 + 9)/2); equal returns give 0
+    found = objective.grpo(torch.tensor([[1.0, 2.0, 6.0], [5.0, 5.0, 5.0]]))
+    assert found[0].tolist() == pytest.approx([x / (7**0.5 + 1e-4) for x in (-2.0, -1.0, 3.0)])
+    assert found[1].tolist() == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("formula", [objective.rloo, objective.grpo])
+def test_group_advantages_are_the_same_as_a_plain_loop_sum_to_0_and_ignore_a_shift(
+    formula: Callable[[Tensor], Tensor],
+) -> None:
+    returns_GK = drawn(5, 4, seed=20)
+    found_GK = formula(returns_GK)
+    torch.testing.assert_close(found_GK.sum(-1), torch.zeros(5, dtype=torch.float64))
+    torch.testing.assert_close(formula(returns_GK + 7.0), found_GK)
+    for g, k in itertools.product(range(5), range(4)):
+        row = returns_GK[g].tolist()
+        others = [r for i, r in enumerate(row) if i != k]
+        mean = sum(row) / 4
+        spread = (sum((r - mean) ** 2 for r in row) / 3) ** 0.5
+        plain = row[k] - sum(others) / 3 if formula is objective.rloo else (row[k] - mean) / (spread + 1e-4)
+        assert found_GK[g, k].item() == pytest.approx(plain)
+
+
+def test_whitening_without_the_shift_keeps_the_mean() -> None:
+    masks = [mask_of([2, 3])]
+    values = [7 + 3 * drawn(2, 3, seed=30)]
+    whitened = objective.whiten(values, masks, shift=False)[0][masks[0]]
+    assert whitened.mean().item() == pytest.approx(values[0][masks[0]].mean().item())
+    assert whitened.var(unbiased=False).item() == pytest.approx(1)
+
+
+def test_the_upper_clip_can_be_wider_than_the_lower() -> None:
+    old_BT, advantage_BT = torch.zeros(1, 2), torch.tensor([[1.0, -1.0]])
+    logprobs_BT = torch.tensor([[1.25, 0.75]]).log()
+    loss_BT = objective.policy_loss(logprobs_BT, old_BT, advantage_BT, clip_low=0.2, clip_high=0.28)
+    assert loss_BT[0].tolist() == pytest.approx([-1.25, 0.8])  # 1.25 is inside 1.28; 0.75 is outside 0.8
+    assert objective.is_clipped(logprobs_BT, old_BT, clip_low=0.2, clip_high=0.28).tolist() == [[0.0, 1.0]]
 
 
 def test_the_score_is_added_on_the_real_last_token() -> None:
@@ -181,7 +303,7 @@ def test_clipping_stops_the_gradient_only_where_the_ratio_has_gone_far_enough(
 ) -> None:
     old_BT = torch.tensor([[-1.0]])
     logprobs_BT = (old_BT + math.log(ratio)).requires_grad_()
-    loss_BT = objective.policy_loss(logprobs_BT, old_BT, torch.tensor([[advantage]]), clip=0.2)
+    loss_BT = objective.policy_loss(logprobs_BT, old_BT, torch.tensor([[advantage]]), clip_low=0.2, clip_high=0.2)
     assert loss_BT.item() == pytest.approx(loss)
     loss_BT.sum().backward()
     assert logprobs_BT.grad is not None
@@ -195,7 +317,9 @@ def test_at_ratio_1_the_policy_loss_is_minus_the_advantage_with_the_policy_gradi
         drawn(4, seed=12),
     )
     logprobs_T = logits_TV.log_softmax(-1)[torch.arange(4), actions_T]
-    loss_BT = objective.policy_loss(logprobs_T[None], logprobs_T.detach()[None], advantages_T[None], clip=0.2)
+    loss_BT = objective.policy_loss(
+        logprobs_T[None], logprobs_T.detach()[None], advantages_T[None], clip_low=0.2, clip_high=0.2
+    )
     torch.testing.assert_close(loss_BT[0], -advantages_T)
     loss_BT.sum().backward()
     # ∇ log softmax = onehot − p
@@ -224,11 +348,10 @@ def test_the_value_loss_is_the_larger_of_the_plain_and_the_clipped(
     assert values_BT.grad.item() == pytest.approx(gradient)
 
 
-def test_the_clip_fraction_counts_ratios_outside_the_range_in_both_directions() -> None:
-    # ratios 1.3, 0.7, 1.1 and a padded 9: two of three
-    ratios_BT = torch.tensor([[1.3, 0.7], [1.1, 9.0]])
-    fraction = objective.clip_fraction(ratios_BT.log(), torch.zeros(2, 2), mask_of([2, 1]), clip=0.2)
-    assert fraction.item() == pytest.approx(2 / 3)
+def test_ratios_outside_the_range_are_clipped_in_both_directions() -> None:
+    ratios_BT = torch.tensor([[1.3, 0.7], [1.1, 0.9]])
+    found_BT = objective.is_clipped(ratios_BT.log(), torch.zeros(2, 2), clip_low=0.2, clip_high=0.2)
+    assert found_BT.tolist() == [[1.0, 1.0], [0.0, 0.0]]
 
 
 def test_explained_variance_is_1_for_perfect_values_0_for_a_constant_and_negative_for_worse() -> None:

@@ -7,39 +7,45 @@ import torch
 from align.adapters import RAW_BASE, AdaptedModel
 from align.episodes import Episode, collate, policy_pass, score_pass, value_pass
 from align.heads import ScalarHead
-from stages.ppo.rollout import Heads, Rollout, generate_episodes, look, prompt_indices
+from stages.ppo.rollout import Critic, Rollout, drawn_indices, generate_episodes, look
 from tests.resident import SHAPES, randomize, with_adapters
-from tests.stages.scenes import SAMPLING
+from tests.stages.scenes import SAMPLING, ppo_config, reward_model_of, sources_of, tokenized
 
-PROMPTS = [tuple(range(30 + n, 32 + 2 * n)) for n in range(4)]
+PROMPTS = tokenized(*(tuple(range(30 + n, 32 + 2 * n)) for n in range(4)))
 
 
 def rolled_out(model: AdaptedModel, *, size: int = 2, critic_is_adapter: bool = False) -> tuple[list[Episode], Rollout]:
     codec = model.base.codec(None)
     episodes = generate_episodes(model, codec, PROMPTS, sampling=SAMPLING, seed=0, update=0)
-    reward_head, value_head = (ScalarHead(model.hidden_size).initialize(seed) for seed in (1, 2))
-    heads = Heads(reward_head, value_head, critic_is_adapter)
-    rollout = look(model, episodes, heads, micro_batch_size=size, temperature=1.0, pad_id=codec.pad_id)
-    return episodes, rollout
+    return episodes, looked_at(model, episodes, size=size, critic_is_adapter=critic_is_adapter)
+
+
+def looked_at(
+    model: AdaptedModel, episodes: list[Episode], *, size: int = 2, critic_is_adapter: bool = False
+) -> Rollout:
+    sources = sources_of(ppo_config(), model, reward_model_of(model))
+    critic = Critic(ScalarHead(model.hidden_size).initialize(2), critic_is_adapter)
+    pad_id = model.base.codec(None).pad_id
+    return look(model, episodes, sources, critic, micro_batch_size=size, temperature=1.0, pad_id=pad_id)
 
 
 def test_every_prompt_is_answered_once_in_each_epoch_over_the_prompts() -> None:
     # 3 updates of 8 episodes through 6 prompts: four whole epochs
-    indices = [i for update in range(3) for i in prompt_indices(0, update, num_episodes=8, num_prompts=6)]
+    indices = [i for update in range(3) for i in drawn_indices(0, "prompts", update, num_drawn=8, size=6)]
     for epoch in range(4):
         assert sorted(indices[6 * epoch : 6 * epoch + 6]) == list(range(6))
     assert len({tuple(indices[6 * epoch : 6 * epoch + 6]) for epoch in range(4)}) == 4  # each time in another order
 
 
 def test_which_prompts_an_update_answers_does_not_depend_on_the_updates_before() -> None:
-    later = prompt_indices(0, 7, num_episodes=8, num_prompts=100)
-    assert later == prompt_indices(0, 7, num_episodes=8, num_prompts=100)
-    assert later != prompt_indices(1, 7, num_episodes=8, num_prompts=100)
-    assert later == [i for half in (14, 15) for i in prompt_indices(0, half, num_episodes=4, num_prompts=100)]
+    later = drawn_indices(0, "prompts", 7, num_drawn=8, size=100)
+    assert later == drawn_indices(0, "prompts", 7, num_drawn=8, size=100)
+    assert later != drawn_indices(1, "prompts", 7, num_drawn=8, size=100)
+    assert later == [i for half in (14, 15) for i in drawn_indices(0, "prompts", half, num_drawn=4, size=100)]
 
 
 def test_more_episodes_than_prompts_answer_each_several_times_with_other_words() -> None:
-    assert Counter(prompt_indices(0, 0, num_episodes=9, num_prompts=3)) == {0: 3, 1: 3, 2: 3}
+    assert Counter(drawn_indices(0, "prompts", 0, num_drawn=9, size=3)) == {0: 3, 1: 3, 2: 3}
     model = with_adapters("llama", "sft", "policy")
     codec, same = model.base.codec(None), [PROMPTS[0]] * 4
     episodes = generate_episodes(model, codec, same, sampling=SAMPLING, seed=0, update=0)
@@ -75,7 +81,7 @@ def test_each_role_looks_with_its_own_adapter_and_head() -> None:
         for mb in rollout.micro_batches:
             with torch.no_grad():
                 with model.role("reward"):
-                    torch.testing.assert_close(mb.scores_B, score_pass(model, reward_head, mb.batch))
+                    torch.testing.assert_close(mb.scores["reward"], score_pass(model, reward_head, mb.batch))
                 with model.role("value" if critic_is_adapter else "policy"):
                     torch.testing.assert_close(mb.values_BT, value_pass(model, value_head, mb.batch))
     model.verify_trainable()
@@ -108,7 +114,22 @@ def test_the_gap_between_sampler_and_trainer_is_measured() -> None:
     episodes = generate_episodes(model, codec, PROMPTS, sampling=SAMPLING, seed=0, update=0)
     off = episodes[2].sampler_logprobs
     episodes[2] = replace(episodes[2], sampler_logprobs=(off[0] + 0.5, *off[1:]))
-    heads = Heads(ScalarHead(model.hidden_size), ScalarHead(model.hidden_size), critic_is_adapter=False)
-    found = look(model, episodes, heads, micro_batch_size=2, temperature=1.0, pad_id=codec.pad_id)
+    found = looked_at(model, episodes)
     assert found.sampler_gap_max == pytest.approx(0.5, abs=1e-4)
     assert found.sampler_gap_mean == pytest.approx(0.5 / sum(len(e.response_ids) for e in episodes), abs=1e-4)
+
+
+def test_several_responses_to_a_prompt_stand_in_one_group() -> None:
+    model = with_adapters("llama", "sft", "policy", "reward")
+    codec = model.base.codec(None)
+    episodes = generate_episodes(model, codec, PROMPTS[:2], sampling=SAMPLING, seed=0, update=0, responses_per_prompt=3)
+    assert [(e.group, e.prompt_ids, e.prompt_text) for e in episodes] == [
+        (group, PROMPTS[group].ids, f"prompt {group}") for group in (0, 0, 0, 1, 1, 1)
+    ]
+    assert len({e.response_ids for e in episodes[:3]}) == 3
+    rollout = looked_at(model, episodes)
+    groups = {tuple(e.response_ids): e.group for e in episodes}
+    for mb in rollout.micro_batches:
+        starts, ends = mb.batch.prompt_length_B.tolist(), mb.batch.response_length_B.tolist()
+        rows = zip(mb.batch.ids_BS.tolist(), starts, ends, mb.group_B.tolist(), strict=True)
+        assert all(groups[tuple(ids[start : start + length])] == group for ids, start, length, group in rows)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import stages.ppo.rollout
+import align.rewards
 import stages.ppo.train
 from align.adapters import AdaptedModel
 from align.artifacts import Artifact, write_directory
@@ -15,9 +15,12 @@ from align.context import PPOInputs, StageResult
 from align.episodes import EpisodeBatch
 from align.errors import ArtifactError, InvariantError
 from align.heads import ScalarHead, ScoreStatistics, save_head
-from stages.ppo.learn import estimate
+from align.rewards import RewardSources, Source
+from stages.ppo.learn import Learner, Lesson, estimate
+from stages.ppo.metrics import describe
 from stages.ppo.rollout import MicroBatch, Rollout
-from stages.ppo.train import describe, run_ppo, shape
+from stages.ppo.shaping import Shaped, Shaper
+from stages.ppo.train import run_ppo
 from tests.resident import SHAPES, resident, sharpen
 from tests.stages.scenes import context_of, hashes_of, metrics_of, nudge, ppo_config, ppo_inputs
 
@@ -35,9 +38,11 @@ def run(
     return run_ppo(config, inputs or ppo_inputs(root), context_of(model, root, "ppo", seed=seed, resume=resume))
 
 
-def before_call(monkeypatch: pytest.MonkeyPatch, name: str, do: Callable[[], None], *, call: int = 0) -> None:
-    """Let `do` happen just before one call of a function that the loop in stages.ppo.train makes."""
-    plain = getattr(stages.ppo.train, name)
+def before_call(
+    monkeypatch: pytest.MonkeyPatch, name: str, do: Callable[[], None], *, call: int = 0, owner: object = Learner
+) -> None:
+    """Let `do` happen just before one call that the loop in stages.ppo.train makes."""
+    plain = getattr(owner, name)
     calls: list[None] = []
 
     def wrapped(*args: object, **kwargs: object) -> object:
@@ -46,7 +51,7 @@ def before_call(monkeypatch: pytest.MonkeyPatch, name: str, do: Callable[[], Non
         calls.append(None)
         return plain(*args, **kwargs)
 
-    monkeypatch.setattr(stages.ppo.train, name, wrapped)
+    monkeypatch.setattr(owner, name, wrapped)
 
 
 # ---- it learns ----
@@ -59,7 +64,7 @@ def test_a_policy_learns_to_say_what_is_rewarded(tmp_path: Path, monkeypatch: py
         is_liked_BT = torch.isin(batch.ids_BS.gather(1, batch.response_positions_BT), liked)
         return (is_liked_BT * batch.is_response_BT).sum(-1) / batch.response_length_B
 
-    monkeypatch.setattr(stages.ppo.rollout, "score_pass", share_of_liked)
+    monkeypatch.setattr(align.rewards, "score_pass", share_of_liked)
     model = resident()
     sharpen(model)
     config = ppo_config(
@@ -67,7 +72,7 @@ def test_a_policy_learns_to_say_what_is_rewarded(tmp_path: Path, monkeypatch: py
         checkpoint_every=99,
         rollout={"episodes": 32, "batch_size": 32},
         loss={"epochs": 2, "minibatches": 2, "micro_batch_size": 16},
-        rewards={"normalize": False, "missing_eos_penalty": 0.0},
+        rewards={"normalize": "none", "missing_eos_penalty": 0.0},
         kl={"coefficient": 0.0},
         optimizer={"learning_rate": 2e-2, "schedule": "constant"},
     )
@@ -83,14 +88,20 @@ def test_a_run_trains_the_policy_and_leaves_base_sft_and_reward_alone(shape: str
     model, inputs = resident(shape, dropout=0.1), ppo_inputs(tmp_path, shape)
     base = model.base_checksum()
     result = run(tmp_path, ppo_config(critic={"kind": critic}), inputs, model=model)
-    assert result.metrics == {"first_step_kl": 0.0, "first_minibatch_ratio_error": 0.0, "updates": 3}
+    assert result.metrics == {
+        "first_step_kl": 0.0,
+        "first_minibatch_ratio_error": 0.0,
+        "updates": 3,
+        "stopped": None,
+        "kept_update": 3,
+    }
     assert {artifact.kind for artifact in result.artifacts} == {"adapter", "head"} | (
         {"value_adapter"} if critic == "adapter" else set()
     )
     assert model.base_checksum() == base
     assert inputs.sft is not None
     model.load("sft as made", inputs.sft.path)
-    model.load("reward as made", inputs.reward_adapter.path)
+    model.load("reward as made", inputs.reward_models[0].adapter.path)
     assert model.checksum("sft") == model.checksum("sft as made") != model.checksum("policy")
     assert model.checksum("reward") == model.checksum("reward as made")
     lines = metrics_of(tmp_path / "ppo")
@@ -199,7 +210,8 @@ def test_a_policy_that_is_no_copy_of_sft_is_noticed_before_the_first_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = resident()
-    before_call(monkeypatch, "generate_episodes", lambda: nudge(next(iter(model.tensors("policy").values()))))
+    nudged = lambda: nudge(next(iter(model.tensors("policy").values())))  # noqa: E731
+    before_call(monkeypatch, "generate_episodes", nudged, owner=stages.ppo.train)
     with pytest.raises(
         InvariantError, match=r"policy differs from the reference: largest .* is [0-9.e-]+, allowed 1e-05"
     ):
@@ -231,7 +243,7 @@ def test_a_frozen_adapter_that_changes_during_an_update_is_noticed(
 
 def test_a_reward_model_that_says_nan_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        stages.ppo.rollout, "score_pass", lambda model, head, batch: torch.full((len(batch.ids_BS),), torch.nan)
+        align.rewards, "score_pass", lambda model, head, batch: torch.full((len(batch.ids_BS),), torch.nan)
     )
     model = resident()
     with pytest.raises(InvariantError, match="the loss is nan"):
@@ -275,30 +287,36 @@ def rollout_by_hand() -> Rollout:
         ref_logprobs_BT=torch.tensor([[-1.5, -1.0], [-1.5, 0.0]]),
         entropy_BT=torch.tensor([[2.0, 3.0], [1.0, 0.0]]),
         values_BT=torch.tensor([[0.5, 1.0], [-1.0, 0.0]]),
-        scores_B=torch.tensor([4.0, -2.0]),
+        group_B=torch.tensor([0, 1]),
+        scores={"reward": torch.tensor([4.0, -2.0])},
     )
     return Rollout((micro_batch,), 0.25, 0.125)
 
 
 def test_rewards_of_a_rollout_are_the_normalised_scores_less_kl() -> None:
     # scores (4−1)/2 = 1.5; (−2−1)/2 = −1.5, less 1 without EOS. k1: 0.5, −1 | 1. β = 0.1
-    config = ppo_config(kl={"coefficient": 0.1}, rewards={"missing_eos_penalty": 1.0})
-    [rewards_BT], [shaped_B] = shape(rollout_by_hand(), ScoreStatistics(1.0, 2.0, 8), config)
-    assert shaped_B.tolist() == [1.5, -2.5]
-    torch.testing.assert_close(rewards_BT, torch.tensor([[-0.05, 1.6], [-2.6, 0.0]]))
+    shaped, _ = shaped_by_hand(ppo_config(kl={"coefficient": 0.1}, rewards={"missing_eos_penalty": 1.0}))
+    assert shaped.scores[0].tolist() == [1.5, -2.5]
+    torch.testing.assert_close(shaped.rewards[0], torch.tensor([[-0.05, 1.6], [-2.6, 0.0]]))
+
+
+def shaped_by_hand(config: PPOConfig) -> tuple[Shaped, RewardSources]:
+    """With a reward model whose score has mean 1 and standard deviation 2."""
+    source = Source("reward", 1.0, lambda batch, episodes: torch.zeros(2), ScoreStatistics(1.0, 2.0, 8))
+    sources = RewardSources((source,))
+    return Shaper(config.rewards, config.kl, sources, max_response_length=4).shape(rollout_by_hand()), sources
 
 
 def test_the_metrics_of_a_rollout_by_hand() -> None:
     config = ppo_config(
         kl={"coefficient": 0.1}, rewards={"missing_eos_penalty": 1.0}, advantage={"lam": 1.0, "whiten": False}
     )
-    rollout = rollout_by_hand()
-    rewards, shaped = shape(rollout, ScoreStatistics(1.0, 2.0, 8), config)
-    lesson = estimate(rollout, rewards, config)
+    shaped, sources = shaped_by_hand(config)
+    lesson = Lesson(rollout_by_hand(), *estimate(rollout_by_hand(), shaped.rewards, config.advantage), 0.1)
     # With λ = 1 returns are sums of rewards: 1.55, 1.6 | −2.6
     torch.testing.assert_close(lesson.returns[0], torch.tensor([[1.55, 1.6], [-2.6, 0.0]]))
     returns, values = torch.tensor([1.55, 1.6, -2.6]), torch.tensor([0.5, 1.0, -1.0])
-    found = describe(rollout, lesson, shaped, 0.1)
+    found = describe(lesson, shaped, sources, has_critic=True)
     k3 = [math_k3(0.5) + math_k3(-1.0), math_k3(1.0)]
     assert found == pytest.approx(
         {
@@ -308,6 +326,7 @@ def test_the_metrics_of_a_rollout_by_hand() -> None:
             "objective/score_std": 3.0,
             "objective/shaped_score": -0.5,
             "objective/rlhf_reward": -0.525,
+            "objective/kl_coefficient": 0.1,
             "policy/entropy": 2.0,  # 6 nats over 3 tokens
             "rollout/response_length": 1.5,
             "rollout/eos_rate": 0.5,
@@ -338,7 +357,11 @@ def test_a_head_for_another_width_is_refused_with_both_widths(tmp_path: Path) ->
         kind="head",
         stage="reward",
         step=1,
-        base_identity=inputs.reward_head.base_identity,
+        base_identity=inputs.reward_models[0].head.base_identity,
     )
     with pytest.raises(ArtifactError, match="hidden size 48, this base has 32"):
-        run(tmp_path, ppo_config(updates=1), replace(inputs, reward_head=wide))
+        run(
+            tmp_path,
+            ppo_config(updates=1),
+            replace(inputs, reward_models=(replace(inputs.reward_models[0], head=wide),)),
+        )

@@ -7,14 +7,50 @@ paths resolve against the config file's own folder. Below a stage's entry, funct
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
+
+from align.config.ppo import (
+    AdvantageConfig,
+    CriticConfig,
+    GuardConfig,
+    KLConfig,
+    OptimizerConfig,
+    PPOConfig,
+    RewardsConfig,
+    RewardSourceConfig,
+    RolloutConfig,
+)
+from align.config.section import Schedule, Section
+
+__all__ = [
+    "AdaptersConfig",
+    "AdvantageConfig",
+    "BaseModelConfig",
+    "ClusterConfig",
+    "Config",
+    "CriticConfig",
+    "DataConfig",
+    "DatasetConfig",
+    "EvaluationConfig",
+    "GuardConfig",
+    "KLConfig",
+    "OptimizerConfig",
+    "PPOConfig",
+    "RewardConfig",
+    "RewardSourceConfig",
+    "RewardsConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "SFTConfig",
+    "Schedule",
+    "Section",
+    "SourceConfig",
+    "StageName",
+    "SupervisedConfig",
+    "TrackingConfig",
+]
 
 StageName = Literal["sft", "reward", "ppo"]
-Schedule = Literal["constant", "linear", "cosine"]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RunConfig(Section):
@@ -89,6 +125,7 @@ class DataConfig(Section):
     sft: DatasetConfig | None = None
     reward: DatasetConfig | None = None
     ppo: DatasetConfig | None = None
+    ptx: Source | None = Field(default=None, description="text or demonstrations for ppo.loss.ptx_coefficient")
     system_prompt: str | None = Field(
         default=None, description="states the norms; put before conversations without one"
     )
@@ -127,90 +164,6 @@ class RewardConfig(SupervisedConfig):
     centering: float = Field(
         default=0.01, ge=0, description="weight of (r_chosen + r_rejected)^2; keeps scores near zero"
     )
-
-
-class RolloutConfig(Section):
-    episodes: int = Field(default=64, ge=1, description="an update")
-    temperature: float = Field(default=1.0, gt=0)
-    top_k: int = Field(
-        default=0, ge=0, description="0 is off; on, samples leave the distribution that is trained: warned of"
-    )
-    top_p: float = Field(default=1.0, gt=0, le=1, description="1 is off; on, as for top_k")
-    min_response_length: int = Field(default=0, ge=0, description="EOS is withheld before; as for top_k")
-    max_prompt_length: int = Field(default=512, ge=1, description="tokens; longer prompts are rejected and counted")
-    max_response_length: int = Field(default=128, ge=1, description="tokens")
-    batch_size: int = Field(default=32, ge=1, description="episodes generated side by side")
-
-
-class KLConfig(Section):
-    coefficient: float = Field(default=0.05, ge=0, description="of the per-token k1 in the reward")
-
-
-class RewardsConfig(Section):
-    normalize: bool = Field(default=True, description="by the reward model's own mean and spread on SFT samples")
-    clip: float | None = Field(default=5.0, gt=0, description="of the (normalised) score")
-    missing_eos_penalty: float = Field(default=1.0, ge=0, description="taken from the score of a response without EOS")
-
-
-class AdvantageConfig(Section):
-    gamma: float = Field(default=1.0, gt=0, le=1)
-    lam: float = Field(default=0.95, ge=0, le=1)
-    whiten: bool = True
-
-
-class CriticConfig(Section):
-    kind: Literal["head", "adapter"] = "head"
-    coefficient: float = Field(default=0.1, ge=0, description="of the value loss")
-    clip: float | None = Field(default=0.2, gt=0)
-    learning_rate: float | None = Field(
-        default=None, gt=0, description="of the value head; the optimizer's if not given"
-    )
-
-
-class LossConfig(Section):
-    epochs: int = Field(default=4, ge=1)
-    minibatches: int = Field(default=4, ge=1)
-    micro_batch_size: int = Field(default=8, ge=1, description="episodes")
-    clip: float = Field(default=0.2, gt=0, lt=1)
-
-
-class OptimizerConfig(Section):
-    learning_rate: float = Field(default=1e-4, gt=0)
-    schedule: Schedule = "linear"
-    warmup_updates: int = Field(default=0, ge=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    max_gradient_norm: float = Field(default=1.0, gt=0)
-
-
-class GuardConfig(Section):
-    target_kl: float | None = Field(
-        default=None, gt=0, description="ends an update's epochs when policy/approxkl passes it"
-    )
-
-
-class PPOConfig(Section):
-    updates: int = Field(default=100, ge=1)
-    checkpoint_every: int = Field(default=10, ge=1, description="updates")
-    keep_checkpoints: int = Field(default=2, ge=1)
-    rollout: RolloutConfig = RolloutConfig()
-    kl: KLConfig = KLConfig()
-    rewards: RewardsConfig = RewardsConfig()
-    advantage: AdvantageConfig = AdvantageConfig()
-    critic: CriticConfig = CriticConfig()
-    loss: LossConfig = LossConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    guard: GuardConfig = GuardConfig()
-
-    @model_validator(mode="after")
-    def _whole_minibatches(self) -> "PPOConfig":
-        per_minibatch = self.loss.minibatches * self.loss.micro_batch_size
-        if self.rollout.episodes % per_minibatch:
-            raise ValueError(
-                f"rollout.episodes {self.rollout.episodes} is not a multiple of "
-                f"loss.minibatches × loss.micro_batch_size = {per_minibatch}"
-            )
-        return self
 
 
 class EvaluationConfig(Section):
@@ -252,6 +205,9 @@ class Config(Section):
         for stage in self.run.stages:
             if getattr(self.data, stage) is None:
                 raise ValueError(f"run.stages names {stage}, so data.{stage} is needed")
-        if "ppo" in self.run.stages and "reward" not in self.run.stages and self.reward.adapter is None:
+        has_model = "reward" in self.run.stages or self.reward.adapter is not None
+        if "ppo" in self.run.stages and self.ppo.rewards.uses_reward_model and not has_model:
             raise ValueError("ppo needs a reward model: put reward into run.stages, or give reward.adapter")
+        if "ppo" in self.run.stages and bool(self.ppo.loss.ptx_coefficient) != (self.data.ptx is not None):
+            raise ValueError("data.ptx and ppo.loss.ptx_coefficient go together: give both or neither")
         return self
