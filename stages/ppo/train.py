@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -157,15 +158,16 @@ def load_frozen_roles(inputs: PPOInputs, model: AdaptedModel, *, seed: int) -> t
     return load_reward_models(model, inputs.reward_models)
 
 
-def _make_actor_critic(config: PPOConfig, members: tuple[RewardModel, ...], model: AdaptedModel) -> ActorCritic:
+def _make_actor_critic(config: PPOConfig, members: Sequence[RewardModel], model: AdaptedModel) -> ActorCritic:
     if config.advantage.estimator != "gae":
         return ActorCritic(model, None, config.optimizer)
     start = None
-    if config.critic.kind == "adapter" and members:
+    if config.critic.kind == "adapter":
         weight = next(source.weight for source in config.rewards.sources if source.kind == "reward")
-        scale = members[0].scale if config.rewards.normalize == "model" or len(members) > 1 else AS_IT_IS
+        first, is_standardized = members[0], config.rewards.normalize == "model" or len(members) > 1
+        scale = first.scale if is_standardized else AS_IT_IS
         # V starts as weight · (score − mean)/std
-        start = (members[0], replace(scale, std=scale.std / weight) if weight else scale)
+        start = (first, replace(scale, std=scale.std / weight) if weight else scale)
     return ActorCritic(model, config.critic, config.optimizer, start=start)
 
 

@@ -1,0 +1,28 @@
+"""Reward functions as a user would write them, for the tests."""
+
+import time
+
+
+def share_of_a(prompt: str, response: str) -> float:
+    return response.count("a") / max(len(response), 1)
+
+
+def lengths(prompt: str, response: str) -> float:
+    return 1000 * len(prompt) + len(response)
+
+
+def raising(prompt: str, response: str) -> float:
+    raise KeyError("colour")
+
+
+def slow(prompt: str, response: str) -> float:
+    time.sleep(30)
+    return 0.0
+
+
+def nan(prompt: str, response: str) -> float:
+    return float("nan")
+
+
+def text(prompt: str, response: str) -> str:
+    return "good"
