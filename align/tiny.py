@@ -13,7 +13,7 @@ from align.embedded import cache_folder
 from align.errors import ModelError
 
 SHAPES = ("llama", "gpt2", "qwen2")
-_VERSION = "3"  # part of the cache's name: raise it when what is built changes
+_VERSION = "4"  # part of the cache's name: raise it when what is built changes
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -59,6 +59,8 @@ def build_tiny(shape: str, folder: Path, *, seed: int = 0) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        # Or its logits would lie within ±1 of each other whatever an adapter does, and nothing could be learnt
+        model.get_output_embeddings().weight.data.mul_(20)
     if shape == "qwen2":  # as Qwen's instruct models: two tokens end an answer
         model.generation_config.eos_token_id = [
             tokenizer.eos_token_id,

@@ -1,7 +1,5 @@
 """A tiny resident model with its adapters, for tests that need a real one."""
 
-from typing import cast
-
 import torch
 
 from align.adapters import AdaptedModel
@@ -23,13 +21,6 @@ def randomize(model: AdaptedModel, name: str, *, seed: int = 0, scale: float = 0
     generator = torch.Generator().manual_seed(seed)
     for tensor in model.tensors(name).values():
         tensor.data.copy_(scale * torch.randn(tensor.shape, generator=generator))
-
-
-def sharpen(model: AdaptedModel, factor: float = 20.0) -> None:
-    """Let a tiny model be sure of something: its own logits lie within ±1 of each other, whatever an adapter does."""
-    head = model.base.model.get_output_embeddings()
-    assert head is not None
-    cast(torch.Tensor, head.weight).data.mul_(factor)
 
 
 def with_adapters(shape: str, *names: str, dtype: str = "float32", **adapters: object) -> AdaptedModel:

@@ -65,7 +65,7 @@ def test_under_left_padding_a_row_sees_the_positions_that_it_has_alone(shape: st
         for prompt, response in zip(PROMPTS, responses, strict=True):
             logprobs_SV = logits_of(model, prompt + response.ids).log_softmax(-1)
             expected = [logprobs_SV[len(prompt) + t - 1, token].item() for t, token in enumerate(response.ids)]
-            assert response.logprobs == pytest.approx(expected, abs=1e-5)
+            assert response.logprobs == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -21,7 +21,7 @@ from stages.ppo.metrics import describe
 from stages.ppo.rollout import MicroBatch, Rollout
 from stages.ppo.shaping import Shaped, Shaper
 from stages.ppo.train import run_ppo
-from tests.resident import SHAPES, resident, sharpen
+from tests.resident import SHAPES, resident
 from tests.stages.scenes import context_of, hashes_of, metrics_of, nudge, ppo_config, ppo_inputs
 
 
@@ -66,7 +66,6 @@ def test_a_policy_learns_to_say_what_is_rewarded(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(align.rewards, "score_pass", share_of_liked)
     model = resident()
-    sharpen(model)
     config = ppo_config(
         updates=10,
         checkpoint_every=99,
