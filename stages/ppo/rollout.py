@@ -68,6 +68,11 @@ def drawn_indices(seed: int, purpose: str, turn: int, *, num_drawn: int, size: i
     return indices
 
 
+def draw_prompts(prompts: list[TokenizedPrompt], count: int, seed: int, update: int) -> list[TokenizedPrompt]:
+    drawn = drawn_indices(seed, "prompts", update, num_drawn=count, size=len(prompts))
+    return [prompts[i] for i in drawn]
+
+
 def generate_episodes(
     model: AdaptedModel,
     codec: Codec,

@@ -2,23 +2,19 @@
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from align.adapters import AdaptedModel
 from align.checkpoints import Checkpoint, load_newest, save_checkpoint
 from align.config import PPOConfig
-from align.context import PPOInputs, Sampling, StageContext, StageResult
+from align.context import PPOInputs, StageContext, StageResult
 from align.errors import InvariantError
-from align.rewards import AS_IT_IS, RewardModel, load_reward_models, reward_sources
-from data.records import Account
-from data.tokenization import Codec, TokenizedPrompt, encode_demonstrations, encode_prompts
 from stages.ppo.actor_critic import ActorCritic
-from stages.ppo.guard import Guard, HeldOut
-from stages.ppo.learn import Learner, Lesson, Texts, estimate, ratio_tolerance
+from stages.ppo.guard import Guard
+from stages.ppo.learn import Lesson, estimate, ratio_tolerance
 from stages.ppo.metrics import describe
-from stages.ppo.rollout import REFERENCE, Rollout, drawn_indices, generate_episodes, look
+from stages.ppo.prepare import make_ready
+from stages.ppo.rollout import Rollout, draw_prompts, generate_episodes, look
 from stages.ppo.shaping import Shaper
 
 _log = logging.getLogger(__name__)
@@ -35,19 +31,10 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
         InvariantError: a run-time invariant does not hold (see DESIGN).
     """
     model, tracker = context.model, context.tracker
-    codec = model.base.codec(context.system_prompt)
-    rows = _tokenize(config, inputs, codec, context)
-    members = load_frozen_roles(inputs, model, seed=context.seed)
-    sources = reward_sources(config.rewards, members, model, codec)
-    actor_critic = _make_actor_critic(config, members, model)
-    sampling = Sampling.of(config.rollout)
-    micro_batch_size = config.loss.micro_batch_size
-    shaper = Shaper(config.rewards, config.kl, sources, max_response_length=sampling.max_response_length)
-    learner = Learner(actor_critic, model, config, seed=context.seed, texts=rows.ptx)
-    guard = Guard(config.guard, HeldOut(rows.held_out, sources, sampling, codec, context.seed, micro_batch_size))
+    parts = make_ready(config, inputs, context)
+    actor_critic, shaper, guard = parts.actor_critic, parts.shaper, parts.guard
     first_update, kept = _resume(actor_critic, shaper, guard, context)
-    frozen = {name: model.checksum(name) for name in (REFERENCE, *(member.adapter for member in members))}
-    _warn_of_truncation(config)
+    frozen = {name: model.checksum(name) for name in parts.frozen}
     if first_update == 0 and guard.is_due(0):
         tracker.log(0, guard.look(actor_critic, model, update=0))
 
@@ -58,16 +45,16 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
         tracker.progress(update, config.updates, f"update {update + 1}")
 
         # Roll out
-        num_drawn = config.rollout.episodes // config.rollout.responses_per_prompt
-        drawn = drawn_indices(context.seed, "prompts", update, num_drawn=num_drawn, size=len(rows.prompts))
+        responses = config.rollout.responses_per_prompt
+        prompts = draw_prompts(parts.rows.prompts, config.rollout.episodes // responses, context.seed, update)
         episodes = generate_episodes(
             model,
-            codec,
-            [rows.prompts[i] for i in drawn],
-            sampling=sampling,
+            parts.codec,
+            prompts,
+            sampling=parts.sampling,
             seed=context.seed,
             update=update,
-            responses_per_prompt=config.rollout.responses_per_prompt,
+            responses_per_prompt=responses,
         )
         clock.append(time.perf_counter())
 
@@ -75,11 +62,11 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
         rollout = look(
             model,
             episodes,
-            sources,
+            parts.sources,
             actor_critic.critic,
-            micro_batch_size=micro_batch_size,
-            temperature=sampling.temperature,
-            pad_id=codec.pad_id,
+            micro_batch_size=config.loss.micro_batch_size,
+            temperature=parts.sampling.temperature,
+            pad_id=parts.codec.pad_id,
         )
         clock.append(time.perf_counter())
         if update == 0:
@@ -91,14 +78,14 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
         lesson = Lesson(rollout, advantages, returns, shaper.kl_coefficient)
 
         # Update
-        learnt = learner.learn(lesson, update=update)
+        learnt = parts.learner.learn(lesson, update=update)
         kept.setdefault("first_minibatch_ratio_error", learnt["policy/first_ratio_error"])
         _verify_frozen(model, frozen)
         clock.append(time.perf_counter())
 
         # Log, adapt the KL coefficient, look at held-out prompts, checkpoint
         step = update + 1
-        metrics = describe(lesson, shaped, sources, has_critic=actor_critic.critic is not None)
+        metrics = describe(lesson, shaped, parts.sources, has_critic=actor_critic.critic is not None)
         shaper.adapt(metrics["objective/kl"], num_episodes=len(episodes))
         looked = guard.look(actor_critic, model, update=step) if guard.is_due(step) else {}
         tracker.log(
@@ -119,70 +106,7 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
     tracker.progress(config.updates, config.updates, "done")
     artifacts = actor_critic.save(context.folder, step=guard.best_update if reason else step)
     ending = {"updates": step, "stopped": reason, "kept_update": guard.best_update if reason else step}
-    return StageResult("ppo", artifacts, {**kept, **ending}, rows.account)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """What PPO reads, tokenized."""
-
-    prompts: list[TokenizedPrompt]
-    held_out: list[TokenizedPrompt]
-    ptx: Texts | None
-    account: Account
-
-
-def _tokenize(config: PPOConfig, inputs: PPOInputs, codec: Codec, context: StageContext) -> _Rows:
-    length = config.rollout.max_prompt_length
-    prompts, rejects = encode_prompts(codec, inputs.prompts, max_prompt_length=length)
-    account = context.set_aside("prompts", len(inputs.prompts), rejects)
-    held_out: list[TokenizedPrompt] = []
-    if config.guard.every is not None:
-        chosen = inputs.held_out[-config.guard.prompts :]
-        held_out, rejects = encode_prompts(codec, chosen, max_prompt_length=length)
-        account += context.set_aside("held_out", len(chosen), rejects)
-    ptx = None
-    if config.loss.ptx_coefficient:
-        texts, rejects = encode_demonstrations(codec, inputs.ptx, max_length=config.loss.ptx_max_length)
-        account += context.set_aside("ptx", len(inputs.ptx), rejects)
-        ptx = Texts(texts, codec.pad_id)
-    return _Rows(prompts, held_out, ptx, account)
-
-
-def load_frozen_roles(inputs: PPOInputs, model: AdaptedModel, *, seed: int) -> tuple[RewardModel, ...]:
-    """Load the reference and the reward models."""
-    if inputs.sft is None:
-        model.add(REFERENCE, seed=seed)  # zero: the reference is then the base itself, by the same code path
-    else:
-        model.load(REFERENCE, inputs.sft.path)
-    return load_reward_models(model, inputs.reward_models)
-
-
-def _make_actor_critic(config: PPOConfig, members: Sequence[RewardModel], model: AdaptedModel) -> ActorCritic:
-    if config.advantage.estimator != "gae":
-        return ActorCritic(model, None, config.optimizer)
-    start = None
-    if config.critic.kind == "adapter":
-        weight = next(source.weight for source in config.rewards.sources if source.kind == "reward")
-        first, is_standardized = members[0], config.rewards.normalize == "model" or len(members) > 1
-        scale = first.scale if is_standardized else AS_IT_IS
-        # V starts as weight · (score − mean)/std
-        start = (first, replace(scale, std=scale.std / weight) if weight else scale)
-    return ActorCritic(model, config.critic, config.optimizer, start=start)
-
-
-def _warn_of_truncation(config: PPOConfig) -> None:
-    rollout = config.rollout
-    on = [
-        name
-        for name, off in (("top_k", 0), ("top_p", 1.0), ("min_response_length", 0))
-        if getattr(rollout, name) != off
-    ]
-    if on:
-        _log.warning(
-            "ppo.rollout: %s: samples leave the distribution that logprobs and KL are taken of, so both are biased",
-            ", ".join(on),
-        )
+    return StageResult("ppo", artifacts, {**kept, **ending}, parts.rows.account)
 
 
 def _checkpoint(
