@@ -26,3 +26,8 @@ def nan(prompt: str, response: str) -> float:
 
 def text(prompt: str, response: str) -> str:
     return "good"
+
+
+def share_of_letters(prompt: str, response: str) -> float:
+    """Small letters among the characters: a third of them may be had by chance, all can be learnt."""
+    return sum("a" <= c <= "z" for c in response) / max(len(response), 1)
