@@ -247,8 +247,8 @@ def test_a_ppo_that_is_killed_and_then_stopped_ends_with_the_same_bytes(
     first = newest_checkpoint(run)
     process = shell.start("run", TINY, *SIZES, "--resume")
     wait_until(lambda: newest_checkpoint(run) >= first + 2, process)
+    process.send_signal(signal.SIGINT)  # at once: the rest of the updates takes two seconds
     below = descendants(process.pid)
-    process.send_signal(signal.SIGINT)
     stopped = finish(process, below)
     assert steps_said(stopped)[-1] == f"ppo: resume (continues after update {first})"
     assert stopped.returncode == 130
