@@ -26,7 +26,7 @@ def write_classifier(
         vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
         max_position_embeddings=64,
     )  # fmt: skip
-    config.num_labels, config.initializer_range = len(labels), 0.5  # wide enough that every word counts
+    config.num_labels, config.initializer_range = len(labels), 0.2  # wide enough that words count
     config.id2label = dict(enumerate(labels))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -35,17 +35,18 @@ def write_classifier(
     return folder
 
 
-def teach_letters(folder: Path, steps: int = 150) -> Path:
+def teach_letters(folder: Path, steps: int = 300) -> Path:
     """Train a classifier that reads letters to find small letters positive and everything else negative."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = BertForSequenceClassification.from_pretrained(folder).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
     for _ in range(steps):
         is_letter_BT = torch.rand(16, 8, generator=generator) < torch.rand(16, 1, generator=generator)
-        texts = ["".join("abcdefgh"[i] if yes else "#" for i, yes in enumerate(row)) for row in is_letter_BT.tolist()]
+        letters_BT = torch.randint(ord("a"), ord("z") + 1, (16, 8), generator=generator)
+        texts = ["".join(map(chr, row)) for row in torch.where(is_letter_BT, letters_BT, ord("#")).tolist()]
         labels_B = (is_letter_BT.float().mean(-1) > 0.5).long()
         loss = model(**tokenizer(texts, return_tensors="pt", padding=True), labels=labels_B).loss
         optimizer.zero_grad()
