@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, TypeVar, cast
 import jinja2
 
 from align.errors import ModelError
-from data.records import Comparison, Demonstration, Message, Prompt, Reject
+from data.records import Comparison, Demonstration, Message, Prompt, Reject, Verdict
 from data.template import DEFAULT_CHAT_TEMPLATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 OnProgress = Callable[[int, int], None]  # (rows done, rows in all)
-RecordT = TypeVar("RecordT", Demonstration, Comparison, Prompt)
+RecordT = TypeVar("RecordT", Demonstration, Comparison, Verdict, Prompt)
 TokenizedT = TypeVar("TokenizedT")
 
 _PROBE = "align probe"
@@ -60,6 +60,17 @@ class TokenizedComparison:
     prompt_ids: tuple[int, ...]
     chosen_ids: tuple[int, ...]  # the response alone; the last is the end-of-turn id
     rejected_ids: tuple[int, ...]  # likewise
+    margin: float | None = None
+    preference: float = 1.0
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class TokenizedVerdict:
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]  # the response alone; the last is the end-of-turn id
+    is_good: bool
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,11 +161,25 @@ def encode_comparisons(
             _check_length(len(side), max_length, field)
         if chosen == rejected:
             raise EncodingError("identical after truncation", "rejected", f"both are the same {len(chosen)} tokens")
-        room = max_length - max(len(chosen), len(rejected))
-        prompt = encode_prompt(codec, record.prompt)[-room:]
-        return TokenizedComparison(tuple(prompt), tuple(chosen), tuple(rejected))
+        prompt = encode_prompt(codec, record.prompt)[max(len(chosen), len(rejected)) - max_length :]
+        ids = tuple(prompt), tuple(chosen), tuple(rejected)
+        return TokenizedComparison(*ids, record.margin, record.preference, record.source)
 
     return _encode_all(records, encode, on_progress)
+
+
+def encode_verdicts(
+    codec: Codec, records: Sequence[Verdict], *, max_length: int
+) -> tuple[list[TokenizedVerdict], list[Reject]]:
+    """Over `max_length` the prompt is cut from the left, to one id at least."""
+
+    def encode(record: Verdict) -> TokenizedVerdict:
+        response = encode_response(codec, record.response)
+        _check_length(len(response), max_length, "completion")
+        prompt = encode_prompt(codec, record.prompt)[len(response) - max_length :]
+        return TokenizedVerdict(tuple(prompt), tuple(response), record.is_good, record.source)
+
+    return _encode_all(records, encode, None)
 
 
 def encode_prompts(
