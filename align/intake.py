@@ -7,17 +7,13 @@ from typing import Literal
 
 from align.config import Config, SourceConfig, StageName
 from align.errors import ConfigError
-from data.records import Account, Comparison, Demonstration, Prompt
+from data.records import Account, Comparison, Demonstration, Prompt, Verdict
 from data.rejects import check_rate, describe, write_rejects
 from data.sources import Reading, read_records
 from data.splits import shared_prompts, split_by_prompt
 
-StageRecord = Demonstration | Comparison | Prompt
-KINDS: Mapping[StageName, Literal["demonstration", "comparison", "prompt"]] = {
-    "sft": "demonstration",
-    "reward": "comparison",
-    "ppo": "prompt",
-}
+StageRecord = Demonstration | Comparison | Verdict | Prompt
+StageKind = Literal["demonstration", "comparison", "verdict", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +24,13 @@ class StageData:
     held_out: tuple[StageRecord, ...]
     accounts: Mapping[str, Account]
     parts: Mapping[str, object]
+
+
+def kind_of(config: Config, stage: StageName) -> StageKind:
+    """Which records a stage's data is read as."""
+    if stage == "reward":
+        return "verdict" if config.reward.objective.kind == "unpaired" else "comparison"
+    return "demonstration" if stage == "sft" else "prompt"
 
 
 def read_stage_data(config: Config, stage: StageName, run: Path, note: Callable[[str], None]) -> StageData:
@@ -44,7 +47,7 @@ def read_stage_data(config: Config, stage: StageName, run: Path, note: Callable[
     if section.held_out is not None:
         sources[f"{key}.held_out"] = section.held_out
     readings: dict[str, Reading[StageRecord]] = {
-        name: read_records(source, KINDS[stage]) for name, source in sources.items()
+        name: read_records(source, kind_of(config, stage)) for name, source in sources.items()
     }
     rejects_path = run / stage / "rejects.jsonl"
     write_rejects(rejects_path, [reject for reading in readings.values() for reject in reading.rejects])

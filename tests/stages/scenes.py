@@ -12,7 +12,7 @@ from align.context import PPOInputs, Sampling, StageContext
 from align.heads import ScalarHead, ScoreStatistics, save_head
 from align.randomness import stage_seed
 from align.tracking import Tracker
-from data.records import Comparison, Demonstration, Message, Prompt
+from data.records import Comparison, Demonstration, Message, Prompt, Verdict
 from tests.resident import with_adapters
 
 STATISTICS = ScoreStatistics(0.5, 2.0, 8)
@@ -42,6 +42,12 @@ def demonstrations(count: int, answer: str = "yes") -> tuple[Demonstration, ...]
 def comparisons(count: int, *, chosen: str = "good", rejected: str = "bad", start: int = 0) -> tuple[Comparison, ...]:
     numbers = range(start, start + count)
     return tuple(Comparison(asked(f"q{i}"), f"{chosen} {i}", f"{rejected} {i}", f"test:{i}") for i in numbers)
+
+
+def verdicts(count: int, *, start: int = 0) -> tuple[Verdict, ...]:
+    """Of every three responses one is good."""
+    numbers = range(start, start + count)
+    return tuple(Verdict(asked(f"q{i}"), f"{'bad' if i % 3 else 'good'} {i}", i % 3 == 0, f"test:{i}") for i in numbers)
 
 
 def prompts(count: int) -> tuple[Prompt, ...]:
