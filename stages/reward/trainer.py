@@ -125,8 +125,8 @@ class KeepBest(TrainerCallback):
         control.should_training_stop |= self._looks_since >= self._settings.patience
 
     def put_back(self) -> None:
-        """The best state into the tensors, whatever came after it."""
-        for tensor, best in zip(self._tensors, self._best, strict=True):
+        """The best state into the tensors, whatever came after it; nothing if there was no look."""
+        for tensor, best in zip(self._tensors, self._best, strict=bool(self._best)):
             tensor.data.copy_(best)
 
 
@@ -136,14 +136,12 @@ def train_member(
     """Let RewardTrainer train the member's adapter, which is there already, and its head."""
     model, tracker = context.model, context.tracker
     rows = evidence.train_rows()
-    episodes = evidence.held_out_episodes()
-    batch_size = config.micro_batch_size
 
     def look() -> float:
-        return evidence.held_out_loss(score(model, member, episodes, pad_id=codec.pad_id, batch_size=batch_size))
+        sizes = {"pad_id": codec.pad_id, "batch_size": config.micro_batch_size}
+        return evidence.held_out_loss(score(model, member, evidence.held_out_episodes(), **sizes))
 
     with lent(model.base.model), model.role(member.name, train=True), tempfile.TemporaryDirectory() as temporary:
-        member.head.requires_grad_(True)
         scorer = scorer_on_trunk(model, member.head, pad_id=codec.pad_id)
         best = KeepBest(
             look,
@@ -169,7 +167,6 @@ def train_member(
         trainer.remove_callback(PrinterCallback)
         model.verify_trainable()
         steps = trainer.train().global_step
-        if best.best_step:
-            best.put_back()
+        best.put_back()
     member.head.requires_grad_(False)
     return Training(steps, best.best_step or steps)

@@ -7,7 +7,13 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    LlamaForSequenceClassification,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from trl.trainer.reward_config import RewardConfig as TRLConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
@@ -137,6 +143,14 @@ def test_a_row_counts_the_same_whatever_the_micro_batch(settings: RewardObjectiv
             torch.testing.assert_close(part.gradients[0][name], gradient, atol=2e-6, rtol=1e-4)
         for key, value in whole.logs[0].items():
             assert part.logs[0][key] == pytest.approx(value, abs=1e-5), key
+
+
+def test_rows_are_counted_for_an_architecture_that_takes_no_loss_arguments_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaForSequenceClassification, "accepts_loss_kwargs", False, raising=False)
+    evidence = evidence_of(RewardObjectiveConfig())
+    assert len(steps_of(ScoreTrainer, evidence, tmp_path, batch_size=8, micro_batch_size=4).gradients) == 1
 
 
 def test_the_first_step_pushes_by_the_objective_that_was_asked_for(tmp_path: Path) -> None:
