@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, cast
 from align.artifacts import sha256_of_file, sha256_of_json
 from align.config import BaseModelConfig
 from align.errors import ModelError
-from data.tokenization import Codec, make_codec
+from data.codec import make_codec
+from data.tokenization import Codec
 
 if TYPE_CHECKING:
     import torch

@@ -8,7 +8,7 @@ from typing import Literal
 from align.config import BaseModelConfig, Config, SourceConfig
 from align.errors import AlignError
 from align.handover import brought, brought_head
-from align.intake import KINDS
+from align.intake import StageKind, kind_of
 from align.sources import source_identity
 from data.rejects import describe
 from data.sources import peek, resolve_path
@@ -81,12 +81,12 @@ def _check_data(config: Config) -> Iterator[Finding]:
         for side in ("train", "held_out"):
             source: SourceConfig | None = getattr(section, side)
             if source is not None:
-                yield _check_source(f"data.{stage}.{side}", source, KINDS[stage])
+                yield _check_source(f"data.{stage}.{side}", source, kind_of(config, stage))
     if config.data.ptx is not None:
         yield _check_source("data.ptx", config.data.ptx, "demonstration")
 
 
-def _check_source(what: str, source: SourceConfig, kind: Literal["demonstration", "comparison", "prompt"]) -> Finding:
+def _check_source(what: str, source: SourceConfig, kind: StageKind) -> Finding:
     if source.path is None:
         return Finding(what, "not checked", f"hub data set {source.hub}")
     path = source.path

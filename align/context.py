@@ -10,7 +10,7 @@ from align.artifacts import Artifact
 from align.config import RewardsConfig, RolloutConfig
 from align.errors import DataError
 from align.tracking import Tracker
-from data.records import Account, Comparison, Demonstration, PlainText, Prompt, Reject
+from data.records import Account, Comparison, Demonstration, PlainText, Prompt, Reject, Verdict
 from data.rejects import check_rate, describe, write_rejects
 
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ class SFTInputs:
 @dataclass(frozen=True)
 class RewardInputs:
     sft: Artifact | None  # None: a zero sft adapter
-    train: tuple[Comparison, ...]
-    held_out: tuple[Comparison, ...]
+    train: tuple[Comparison, ...] | tuple[Verdict, ...]  # verdicts for reward.objective.kind unpaired
+    held_out: tuple[Comparison, ...] | tuple[Verdict, ...]
     sampling: Sampling  # of the SFT responses that the score's mean and spread are measured on
     adapter: Artifact | None = None  # brought by the user, to start from
 

@@ -7,17 +7,13 @@ from typing import Literal, cast
 
 from align.config import Config, SourceConfig, StageName
 from align.errors import ConfigError
-from data.records import Account, Comparison, Demonstration, PlainText, Prompt
+from data.records import Account, Comparison, Demonstration, PlainText, Prompt, Verdict
 from data.rejects import check_rate, describe, write_rejects
 from data.sources import Reading, read_records
 from data.splits import shared_prompts, split_by_prompt
 
-StageRecord = Demonstration | PlainText | Comparison | Prompt
-KINDS: Mapping[StageName, Literal["demonstration", "comparison", "prompt"]] = {
-    "sft": "demonstration",
-    "reward": "comparison",
-    "ppo": "prompt",
-}
+StageRecord = Demonstration | PlainText | Comparison | Verdict | Prompt
+StageKind = Literal["demonstration", "comparison", "verdict", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +25,13 @@ class StageData:
     accounts: Mapping[str, Account]
     parts: Mapping[str, object]
     ptx: tuple[Demonstration | PlainText, ...] = ()  # of ppo
+
+
+def kind_of(config: Config, stage: StageName) -> StageKind:
+    """Which records a stage's data is read as."""
+    if stage == "reward":
+        return "verdict" if config.reward.objective.kind == "unpaired" else "comparison"
+    return "demonstration" if stage == "sft" else "prompt"
 
 
 def read_stage_data(config: Config, stage: StageName, run: Path, note: Callable[[str], None]) -> StageData:
@@ -45,7 +48,7 @@ def read_stage_data(config: Config, stage: StageName, run: Path, note: Callable[
     if section.held_out is not None:
         sources[f"{key}.held_out"] = section.held_out
     readings: dict[str, Reading[StageRecord]] = {
-        name: read_records(source, KINDS[stage]) for name, source in sources.items()
+        name: read_records(source, kind_of(config, stage)) for name, source in sources.items()
     }
     if stage == "ppo" and config.data.ptx is not None:
         readings["data.ptx"] = read_records(config.data.ptx, "demonstration")

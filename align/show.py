@@ -128,8 +128,9 @@ def _stages_table(sft: Section, reward: Section) -> Table:
     if sft:
         table.add_row("SFT: NLL per token", _cell(sft, "nll_before"), _cell(sft, "nll_after"))
     if reward:
+        what = "accuracy of verdicts" if "auc" in reward else "pair accuracy"
         table.add_row(
-            "reward: pair accuracy (before: by length alone)",
+            f"reward: {what} (before: by length alone)",
             _cell(reward, "length_baseline_accuracy", interval="length_baseline_ci95"),
             _cell(reward, "accuracy", interval="accuracy_ci95"),
         )

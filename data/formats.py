@@ -5,16 +5,29 @@ are ignored. A string prompt becomes one user message. Roles: an optional system
 assistant in turns, the user first.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
-from data.records import Comparison, Demonstration, Message, PlainText, Prompt, Record, RecordKind, Reject, Role
+from data.records import (
+    Comparison,
+    Demonstration,
+    Message,
+    PlainText,
+    Prompt,
+    Record,
+    RecordKind,
+    Reject,
+    Role,
+    Verdict,
+)
 
 Row = Mapping[str, object]
 
 FORMATS: Mapping[RecordKind, tuple[str, ...]] = {
     "demonstration": ("messages", "prompt + completion", "text"),
-    "comparison": ("prompt + chosen + rejected", "chosen + rejected"),
+    "comparison": ("prompt + chosen + rejected", "chosen + rejected", "both also with margin or preference"),
+    "verdict": ("prompt + completion + label (true or false)",),
     "prompt": ("prompt", "messages, the last one the user's"),
 }
 
@@ -58,7 +71,10 @@ def demonstration(row: Row, source: str) -> Demonstration | PlainText:
 
 
 def comparison(row: Row, source: str) -> Comparison:
-    """`chosen` + `rejected`, with the prompt beside them or as what both begin with."""
+    """`chosen` + `rejected`, with the prompt beside them or as what both begin with.
+
+    Optional: `margin` (0 or more) and `preference` (from 0 to 1, the probability that `chosen` is preferred).
+    """
     chosen, rejected = _present(row, "chosen"), _present(row, "rejected")
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise _UnfitError("wrong type", "rejected", f"{shorten(rejected)}, where chosen is {type(chosen).__name__}")
@@ -72,7 +88,24 @@ def comparison(row: Row, source: str) -> Comparison:
             raise _UnfitError("empty response", field, repr(side))
     if sides[0].strip() == sides[1].strip():
         raise _UnfitError("identical pair", "rejected", shorten(sides[1]))
-    return Comparison(prompt, *sides, source)
+    margin, preference = _number(row, "margin", most=math.inf), _number(row, "preference", most=1.0)
+    if margin and preference not in (None, 1):  # a margin is of a certain order; no formula has both
+        raise _UnfitError("margin with soft label", "margin", f"margin {margin:g} beside preference {preference:g}")
+    return Comparison(prompt, *sides, source, margin, 1.0 if preference is None else preference)
+
+
+def verdict(row: Row, source: str) -> Verdict:
+    """`prompt` + `completion` + `label`: TRL's unpaired preferences."""
+    prompt = _as_messages(row, "prompt", "user")
+    _check_turns(prompt, "prompt", last="user")
+    completion = _as_messages(row, "completion", "assistant")
+    _check_one_answer(completion, "completion")
+    if not completion[0].content.strip():
+        raise _UnfitError("empty response", "completion", repr(completion[0].content))
+    label = _present(row, "label")
+    if not isinstance(label, bool):
+        raise _UnfitError("wrong type", "label", f"{shorten(label)}, not true or false")
+    return Verdict(prompt, completion[0].content, label, source)
 
 
 def prompt(row: Row, source: str) -> Prompt:
@@ -94,6 +127,7 @@ def plain_text(row: Row, source: str) -> PlainText:
 _PARSERS: Mapping[RecordKind, Callable[[Row, str], Record]] = {
     "demonstration": demonstration,
     "comparison": comparison,
+    "verdict": verdict,
     "prompt": prompt,
 }
 
@@ -139,10 +173,31 @@ def _compared_messages(
         prompt = chosen[: _common_length(chosen, rejected)]
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
     for field, side in (("chosen", chosen), ("rejected", rejected)):
-        if [message.role for message in side] != ["assistant"]:
-            roles = ", ".join(message.role for message in side) or "nothing"
-            raise _UnfitError("role order", field, shorten(f"{roles} after the common prompt, not one assistant turn"))
+        _check_one_answer(side, field)
     return prompt, (chosen[0].content, rejected[0].content)
+
+
+def _check_one_answer(side: Sequence[Message], field: str) -> None:
+    if [message.role for message in side] != ["assistant"]:
+        roles = ", ".join(message.role for message in side) or "nothing"
+        raise _UnfitError("role order", field, shorten(f"{roles} after the prompt, not one assistant turn"))
+
+
+def _number(row: Row, field: str, *, most: float) -> float | None:
+    """The finite number from 0 to `most` in an optional column; None if there is none."""
+    value = row.get(field)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _UnfitError("wrong type", field, f"{shorten(value)}, not a number")
+    try:
+        number = float(value)
+    except OverflowError:  # JSON knows no limit
+        number = math.inf
+    if not (math.isfinite(number) and 0 <= number <= most):
+        limits = "0 or more, and finite" if most == math.inf else f"from 0 to {most:g}"
+        raise _UnfitError("out of range", field, f"{shorten(value)}, not {limits}")
+    return number
 
 
 def _present(row: Row, field: str) -> object:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Role = Literal["system", "user", "assistant"]
-RecordKind = Literal["demonstration", "comparison", "prompt"]
+RecordKind = Literal["demonstration", "comparison", "verdict", "prompt"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,18 @@ class Comparison:
     chosen: str
     rejected: str
     source: str
+    margin: float | None = None  # by how much at least `chosen` is better, in units of the score
+    preference: float = 1.0  # the probability that `chosen` is preferred; 0.5 is a tie
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One prompt, one response, and whether a person found it good: that it keeps the norms, for example."""
+
+    prompt: tuple[Message, ...]
+    response: str
+    is_good: bool
+    source: str
 
 
 @dataclass(frozen=True)
@@ -53,7 +65,7 @@ class PlainText:
     source: str
 
 
-Record = Demonstration | Comparison | Prompt | PlainText
+Record = Demonstration | Comparison | Verdict | Prompt | PlainText
 
 
 @dataclass(frozen=True)

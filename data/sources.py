@@ -13,7 +13,7 @@ from typing import Generic, Literal, TypeVar, cast, overload
 from align.config import SourceConfig
 from align.errors import DataError
 from data.formats import FORMATS, parse_row, shorten
-from data.records import Account, Comparison, Demonstration, PlainText, Prompt, Record, RecordKind, Reject
+from data.records import Account, Comparison, Demonstration, PlainText, Prompt, Record, RecordKind, Reject, Verdict
 
 Row = dict[str, object]
 LabelledRow = tuple[str, Row | Reject]  # ("file.jsonl:12", the row)
@@ -39,6 +39,8 @@ class Reading(Generic[RecordT]):
 def read_records(source: SourceConfig, kind: Literal["demonstration"]) -> Reading[Demonstration | PlainText]: ...
 @overload
 def read_records(source: SourceConfig, kind: Literal["comparison"]) -> Reading[Comparison]: ...
+@overload
+def read_records(source: SourceConfig, kind: Literal["verdict"]) -> Reading[Verdict]: ...
 @overload
 def read_records(source: SourceConfig, kind: Literal["prompt"]) -> Reading[Prompt]: ...
 # fmt: on

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from align.errors import DataError
-from data.records import Comparison, Demonstration, PlainText, Prompt, Record
+from data.records import Comparison, Demonstration, PlainText, Prompt, Record, Verdict
 
 RecordT = TypeVar("RecordT", bound=Record)
 
@@ -45,7 +45,7 @@ def normalized_prompt(record: Record) -> str:
         case Demonstration(messages):
             first_answer = next(n for n, message in enumerate(messages) if message.role == "assistant")
             turns = messages[:first_answer]
-        case Comparison(turns) | Prompt(turns):
+        case Comparison(turns) | Verdict(turns) | Prompt(turns):
             pass
         case PlainText(text):
             return _normalize(text)

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 import jinja2
 
-from align.errors import ModelError
-from data.records import Comparison, Demonstration, Message, PlainText, Prompt, Record, Reject
-from data.template import DEFAULT_CHAT_TEMPLATE
+from data.records import Comparison, Demonstration, Message, PlainText, Prompt, Record, Reject, Verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -21,9 +19,6 @@ if TYPE_CHECKING:
 OnProgress = Callable[[int, int], None]  # (rows done, rows in all)
 RecordT = TypeVar("RecordT", bound=Record)
 TokenizedT = TypeVar("TokenizedT")
-
-_PROBE = "align probe"
-_NUL_TOKENS = ("Ā", "<0x00>")  # the byte 0 in byte-level and byte-fallback vocabularies
 
 
 class EncodingError(ValueError):
@@ -40,7 +35,7 @@ class TemplateRewriteError(EncodingError):
 
 @dataclass(frozen=True)
 class Codec:
-    """A tokenizer, with what else the pipeline needs to know of it settled; made by `make_codec`."""
+    """A tokenizer, with what else the pipeline needs to know of it settled; made by `data.codec.make_codec`."""
 
     tokenizer: "PreTrainedTokenizerBase"
     eos_ids: tuple[int, ...]  # any of them stops a response
@@ -60,6 +55,17 @@ class TokenizedComparison:
     prompt_ids: tuple[int, ...]
     chosen_ids: tuple[int, ...]  # the response alone; the last is the end-of-turn id
     rejected_ids: tuple[int, ...]  # likewise
+    margin: float | None = None
+    preference: float = 1.0
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class TokenizedVerdict:
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]  # the response alone; the last is the end-of-turn id
+    is_good: bool
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,27 +73,6 @@ class TokenizedPrompt:
     ids: tuple[int, ...]  # generation prompt included
     messages: tuple[Message, ...]
     source: str
-
-
-def make_codec(tokenizer: "PreTrainedTokenizerBase", *, eos_ids: Sequence[int], system_prompt: str | None) -> Codec:
-    """`eos_ids`: those of generation config, config and tokenizer together; the end-of-turn id joins them.
-
-    Sets the tokenizer's `chat_template`, if it has none, and its `pad_token`, so that trainers that read them from
-    the tokenizer agree. ModelError if there is no EOS token, or if the template refuses or leaves out the system
-    prompt.
-    """
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
-    default_id = cast("int | None", tokenizer.eos_token_id)
-    stops = list(dict.fromkeys(eos_ids if default_id is None else [*eos_ids, default_id]))
-    if not stops:
-        raise ModelError("the tokenizer has no EOS token, so no response could end; set its eos_token")
-    default_id = stops[0] if default_id is None else default_id
-    end_of_turn_id = _find_end_of_turn(Codec(tokenizer, tuple(stops), default_id, -1, system_prompt))
-    stops += [end_of_turn_id] if end_of_turn_id not in stops else []
-    pad_id = _find_pad(tokenizer, stops)
-    tokenizer.pad_token = cast(str, tokenizer.convert_ids_to_tokens(pad_id))
-    return Codec(tokenizer, tuple(stops), end_of_turn_id, pad_id, system_prompt)
 
 
 def encode_prompt(codec: Codec, messages: Sequence[Message]) -> list[int]:
@@ -98,12 +83,12 @@ def encode_prompt(codec: Codec, messages: Sequence[Message]) -> list[int]:
     try:
         return _encode_turns(codec, messages)[0]
     except TemplateRewriteError:
-        return _tokenize(codec, _render(codec, messages))
+        return tokenize(codec, render(codec, messages))
 
 
 def encode_response(codec: Codec, text: str) -> list[int]:
     """The ids of an answer and the end-of-turn id. EncodingError if the text itself holds an EOS token."""
-    ids = _tokenize(codec, text)
+    ids = tokenize(codec, text)
     if not set(ids).isdisjoint(codec.eos_ids):
         raise EncodingError("end token in response", "response", f"the text spells out one of {codec.eos_ids}")
     return [*ids, codec.end_of_turn_id]
@@ -160,11 +145,25 @@ def encode_comparisons(
             _check_length(len(side), max_length, field)
         if chosen == rejected:
             raise EncodingError("identical after truncation", "rejected", f"both are the same {len(chosen)} tokens")
-        room = max_length - max(len(chosen), len(rejected))
-        prompt = encode_prompt(codec, record.prompt)[-room:]
-        return TokenizedComparison(tuple(prompt), tuple(chosen), tuple(rejected))
+        prompt = encode_prompt(codec, record.prompt)[max(len(chosen), len(rejected)) - max_length :]
+        ids = tuple(prompt), tuple(chosen), tuple(rejected)
+        return TokenizedComparison(*ids, record.margin, record.preference, record.source)
 
     return _encode_all(records, encode, on_progress)
+
+
+def encode_verdicts(
+    codec: Codec, records: Sequence[Verdict], *, max_length: int
+) -> tuple[list[TokenizedVerdict], list[Reject]]:
+    """Over `max_length` the prompt is cut from the left, to one id at least."""
+
+    def encode(record: Verdict) -> TokenizedVerdict:
+        response = encode_response(codec, record.response)
+        _check_length(len(response), max_length, "completion")
+        prompt = encode_prompt(codec, record.prompt)[len(response) - max_length :]
+        return TokenizedVerdict(tuple(prompt), tuple(response), record.is_good, record.source)
+
+    return _encode_all(records, encode, None)
 
 
 def encode_prompts(
@@ -216,13 +215,13 @@ def _check_length(length: int, max_length: int, field: str) -> None:
 def _encode_turns(codec: Codec, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
     """(ids, is_response) of turns that end with the user's, generation prompt included."""
     answers = [index for index, message in enumerate(messages) if message.role == "assistant"]
-    openings = [_render(codec, messages[:end]) for end in [*answers, len(messages)]]
-    ids = _tokenize(codec, openings[0])
+    openings = [render(codec, messages[:end]) for end in [*answers, len(messages)]]
+    ids = tokenize(codec, openings[0])
     is_response = [False] * len(ids)
     for index, before, after in zip(answers, openings, openings[1:], strict=False):
         answer = messages[index].content
         start, stop = _find_answer(before, after, answer)
-        lead, gap = _tokenize(codec, after[len(before) : start]), _tokenize(codec, after[stop:])
+        lead, gap = tokenize(codec, after[len(before) : start]), tokenize(codec, after[stop:])
         content = encode_response(codec, answer)[:-1]
         ids += [*lead, *content, *gap]
         is_response += [False] * len(lead) + [True] * len(content) + _marked_end_of_turn(codec, gap)
@@ -249,7 +248,7 @@ def _marked_end_of_turn(codec: Codec, gap: list[int]) -> list[bool]:
     return [position == end for position in range(len(gap))]
 
 
-def _render(codec: Codec, messages: Sequence[Message], *, is_open: bool = True) -> str:
+def render(codec: Codec, messages: Sequence[Message], *, is_open: bool = True) -> str:
     """The template's text; `is_open`: it ends where the assistant's answer starts."""
     if codec.system_prompt is not None and (not messages or messages[0].role != "system"):
         messages = [Message("system", codec.system_prompt), *messages]
@@ -261,37 +260,6 @@ def _render(codec: Codec, messages: Sequence[Message], *, is_open: bool = True) 
     return cast(str, text)
 
 
-def _tokenize(codec: Codec, text: str) -> list[int]:
+def tokenize(codec: Codec, text: str) -> list[int]:
     # The template writes BOS and EOS itself; the tokenizer must not add its own.
     return cast(list[int], codec.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
-
-
-def _find_end_of_turn(codec: Codec) -> int:
-    """The first special token that the template writes after an answer, or else the codec's."""
-    try:
-        text = _render(codec, [Message("user", "a"), Message("assistant", _PROBE)], is_open=False)
-    except EncodingError as error:
-        what = "a user's and an assistant's turn" if codec.system_prompt is None else "data.system_prompt"
-        raise ModelError(f"the model's chat template refuses {what}: {error.detail}") from error
-    if codec.system_prompt is not None and codec.system_prompt.strip() not in text:
-        raise ModelError("the model's chat template leaves system messages out; remove data.system_prompt")
-    after = _tokenize(codec, text.rpartition(_PROBE)[2]) if _PROBE in text else []
-    ends = {*_special_ids(codec.tokenizer), *codec.eos_ids}
-    return next((token_id for token_id in after if token_id in ends), codec.end_of_turn_id)
-
-
-def _find_pad(tokenizer: "PreTrainedTokenizerBase", eos_ids: Sequence[int]) -> int:
-    """The tokenizer's pad id, unless it is an EOS id: as padding that would mask the token that ends a response."""
-    tokens = {token_id: str(tokenizer.convert_ids_to_tokens(token_id)) for token_id in _special_ids(tokenizer)}
-    named = [cast("int | None", tokenizer.pad_token_id), cast("int | None", tokenizer.unk_token_id)]
-    special = sorted(tokens, key=lambda token_id: ("pad" not in tokens[token_id].lower(), token_id))
-    # Failing these, any id is safe, since all masks come from lengths. But pad_token would be saved as special and
-    # vanish from decoded text, so rather the byte 0 than a letter.
-    nul = [cast(int, tokenizer.convert_tokens_to_ids(token)) for token in _NUL_TOKENS if token in tokenizer.get_vocab()]
-    candidates = [*named, *special, *nul, *range(len(eos_ids) + 1)]
-    return next(token_id for token_id in candidates if token_id is not None and token_id not in eos_ids)
-
-
-def _special_ids(tokenizer: "PreTrainedTokenizerBase") -> set[int]:
-    added = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return added | set(tokenizer.all_special_ids)

@@ -10,6 +10,8 @@ from align.tracking import Tracker
 
 # What trainers log that is not reproducible (clocks), or says nothing: it stays out of metrics.jsonl.
 _NOT_METRICS = {"epoch", "total_flos", "train_loss", "train_runtime"}
+_WEIGHT_DECAY = 0.0  # an adapter that shrinks goes back to the base, not to a simpler function
+_MAX_GRADIENT_NORM = 1.0
 
 
 class ReportToTracker(TrainerCallback):
@@ -58,8 +60,8 @@ def trainer_arguments(config: SupervisedConfig, context: StageContext, folder: P
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": schedule,
         "warmup_steps": config.warmup_fraction,  # below 1 it is a share of all steps
-        "weight_decay": config.weight_decay,
-        "max_grad_norm": config.max_gradient_norm,
+        "weight_decay": _WEIGHT_DECAY,
+        "max_grad_norm": _MAX_GRADIENT_NORM,
         "train_sampling_strategy": "group_by_length",  # rows of like length together: a quarter less padding
         "length_column_name": "length",
         "remove_unused_columns": False,  # or the column of lengths would go before it is used

@@ -144,8 +144,6 @@ class SupervisedConfig(Section):
     learning_rate: float = Field(default=2e-4, gt=0)
     schedule: Schedule = "linear"
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    max_gradient_norm: float = Field(default=1.0, gt=0)
     max_length: int = Field(default=1024, ge=8, description="tokens of prompt and response together")
     gradient_checkpointing: bool = False
 
@@ -160,10 +158,53 @@ class SFTConfig(SupervisedConfig):
     pass
 
 
-class RewardConfig(SupervisedConfig):
-    centering: float = Field(
-        default=0.01, ge=0, description="weight of (r_chosen + r_rejected)^2; keeps scores near zero"
+class RewardObjectiveConfig(Section):
+    kind: Literal["bradley-terry", "rao-kupper", "unpaired"] = Field(
+        default="bradley-terry", description="pairs, pairs with ties, or one response and a verdict a row"
     )
+    centering: float = Field(
+        default=0.01,
+        ge=0,
+        description="weight of (r_chosen + r_rejected)^2, unpaired r^2: keeps scores near 0 (Eisenstein et al. 2023)",
+    )
+    tie_threshold: float = Field(
+        default=3.0,
+        gt=1,
+        description="rao-kupper: θ of Rao & Kupper 1967; equal responses tie with probability (θ-1)/(θ+1)",
+    )
+    positive_weight: float | None = Field(
+        default=None,
+        gt=0,
+        description="unpaired: of good rows, bad ones weigh 1; not given: n/(2 n_class) each (King & Zeng 2001)",
+    )
+
+    @model_validator(mode="after")
+    def _no_setting_without_effect(self) -> "RewardObjectiveConfig":
+        if self.kind != "rao-kupper" and self.tie_threshold != 3.0:
+            raise ValueError(f"tie_threshold is for kind rao-kupper, and kind is {self.kind}")
+        if self.kind != "unpaired" and self.positive_weight is not None:
+            raise ValueError(f"positive_weight is for kind unpaired, and kind is {self.kind}")
+        return self
+
+
+class EarlyStoppingConfig(Section):
+    """Goodfellow et al. 2016, algorithm 7.1: keep the state that is best on held-out data, stop when none is better."""
+
+    every: int | None = Field(
+        default=None, ge=1, description="optimizer steps between looks at the held-out loss; not given: never"
+    )
+    patience: int = Field(default=2, ge=1, description="looks without a new best before training stops")
+
+
+class RewardConfig(SupervisedConfig):
+    objective: RewardObjectiveConfig = RewardObjectiveConfig()
+    ensemble: int = Field(
+        default=1,
+        ge=1,
+        le=16,
+        description="members, each an adapter and a head on the one base (Coste et al. 2023, Zhai et al. 2023)",
+    )
+    early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
 
 
 class EvaluationConfig(Section):

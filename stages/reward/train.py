@@ -1,32 +1,29 @@
-"""Reward modelling: TRL's RewardTrainer trains the `reward` adapter and a scalar head on the resident base."""
+"""Reward modelling: TRL's RewardTrainer trains each member's adapter and scalar head on the resident base."""
 
 import logging
-import tempfile
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import cast
 
 import torch
-from datasets import Dataset
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PrinterCallback
-from trl.trainer.reward_config import RewardConfig as TRLConfig
-from trl.trainer.reward_trainer import RewardTrainer
 
-from align.adapters import AdaptedModel
-from align.artifacts import write_directory
+from align.artifacts import Artifact, write_directory
 from align.config import RewardConfig
 from align.context import RewardInputs, StageContext, StageResult
-from align.episodes import Episode, collate, score_pass
-from align.errors import DataError, InvariantError
+from align.episodes import Episode
+from align.errors import DataError
 from align.generation import generate
 from align.heads import ScalarHead, ScoreStatistics, save_head
-from align.randomness import keyed_uniforms
-from align.restore import lent
-from align.statistics import wilson_interval
-from data.batching import length_sorted_batches
-from data.records import Prompt
-from data.tokenization import Codec, TokenizedComparison, encode_comparisons, encode_prompts
-from stages.reward import objective
-from stages.trainer import ReportToTracker, trainer_arguments
+from align.randomness import keyed_uniforms, stage_seed
+from data.records import Account, Comparison, Prompt, Verdict
+from data.tokenization import Codec, encode_comparisons, encode_prompts, encode_verdicts
+from stages.reward.evidence import Evidence
+from stages.reward.objective import ensemble_scores
+from stages.reward.pairs import Pairs
+from stages.reward.scorer import Member, score
+from stages.reward.trainer import Training, train_member
+from stages.reward.verdicts import Verdicts
 
 _log = logging.getLogger(__name__)
 SFT = "sft"
@@ -34,138 +31,95 @@ REWARD = "reward"
 _STATISTICS_PROMPTS = 128  # at most: the mean and spread of a score need no more
 
 
-def run_reward(config: RewardConfig, inputs: RewardInputs, context: StageContext) -> StageResult:
-    """Train the `reward` adapter, which starts as a copy of `sft`, and its head on comparisons (Bradley-Terry).
+@dataclass(frozen=True)
+class Measured:
+    """A member, trained, and its scores."""
 
-    The score's mean and spread on SFT responses to held-out prompts are saved with the head: PPO normalises by them.
+    member: Member
+    training: Training
+    held_out_N: Tensor  # of the evidence's held-out episodes, in their order
+    answers_M: Tensor  # of the SFT answers
+    statistics: ScoreStatistics  # of answers_M
+
+
+def run_reward(config: RewardConfig, inputs: RewardInputs, context: StageContext) -> StageResult:
+    """Train the `reward` adapter, which starts as a copy of `sft`, and its head on what people said of responses.
+
+    With reward.ensemble k > 1 that is done k times, as `reward-1` to `reward-k`: heads and shuffles differ. The score's
+    mean and spread on SFT responses to held-out prompts are saved with each head: PPO normalises by them.
 
     Raises:
-        DataError: too many pairs do not fit, or none does.
+        DataError: too many rows do not fit, or none does, or they say nothing of what is better.
         ArtifactError: an input is damaged or does not fit the base.
     """
     model, tracker = context.model, context.tracker
     codec = model.base.codec(context.system_prompt)
-    train, train_rejects = encode_comparisons(codec, inputs.train, max_length=config.max_length)
-    held_out, held_out_rejects = encode_comparisons(codec, inputs.held_out, max_length=config.max_length)
-    account = context.set_aside("train", len(inputs.train), train_rejects)
-    account += context.set_aside("held_out", len(inputs.held_out), held_out_rejects)
-
+    evidence, account = tokenize(config, inputs, codec, context)
     if inputs.sft is None:
         model.add(SFT, seed=context.seed)
     else:
         model.load(SFT, inputs.sft.path)
-    if inputs.adapter is None:
-        model.add(REWARD, copy_of=SFT)
-    else:
-        model.load(REWARD, inputs.adapter.path)
-    head = ScalarHead(model.hidden_size).initialize(context.seed).to(model.device)
-    steps = _train(config, train, head, codec, context)
+    members = add_members(config, inputs, context)
+    trained = [train_member(member, evidence, config, codec, context) for member in members]
 
-    tracker.progress(0, 2, "held-out pairs")
-    chosen_B = score(model, head, [(r.prompt_ids, r.chosen_ids) for r in held_out], codec, config.micro_batch_size)
-    rejected_B = score(model, head, [(r.prompt_ids, r.rejected_ids) for r in held_out], codec, config.micro_batch_size)
-    tracker.progress(1, 2, "score statistics")
-    statistics = measure_scale(config, inputs, head, codec, context)
-    tracker.progress(2, 2, "score statistics")
-
-    own = {"stage": "reward", "step": steps, "base_identity": model.base_identity}
-    adapter = write_directory(
-        context.folder / "adapter",
-        lambda path: model.save(REWARD, path),
-        kind="adapter",
-        **own,  # type: ignore[arg-type]
-    )
-    saved_head = write_directory(
-        context.folder / "head",
-        lambda path: save_head(head, path, statistics),
-        kind="head",
-        **own,  # type: ignore[arg-type]
-    )
-    metrics = {**_held_out_metrics(chosen_B, rejected_B, train, held_out), "steps": steps}
-    metrics |= {"score_mean": statistics.mean, "score_std": statistics.std, "score_responses": statistics.num_responses}
-    return StageResult("reward", (adapter, saved_head), metrics, account)
-
-
-def _train(
-    config: RewardConfig, train: list[TokenizedComparison], head: ScalarHead, codec: Codec, context: StageContext
-) -> int:
-    """Let RewardTrainer train the active adapter and the head; returns the optimizer steps."""
-    model = context.model
-    rows = [
-        {
-            "chosen_ids": [*r.prompt_ids, *r.chosen_ids],
-            "rejected_ids": [*r.prompt_ids, *r.rejected_ids],
-            "length": len(r.prompt_ids) + max(len(r.chosen_ids), len(r.rejected_ids)),
-        }
-        for r in train
-    ]
-    with (
-        lent(model.base.model),
-        model.role(REWARD, train=True),
-        tempfile.TemporaryDirectory() as temporary,
-    ):
-        head.requires_grad_(True)
-        trainer = RewardTrainer(
-            model=scorer_on_trunk(model, head, pad_id=codec.pad_id),
-            args=TRLConfig(
-                **trainer_arguments(config, context, Path(temporary)),  # type: ignore[arg-type]
-                center_rewards_coefficient=config.centering or None,
-                disable_dropout=False,  # adapters.dropout applies here too; TRL would set it to 0
-            ),
-            train_dataset=Dataset.from_list(rows),
-            processing_class=model.base.tokenizer,
-            callbacks=[ReportToTracker(context.tracker, "reward")],
+    tracker.progress(0, 2, "SFT answers")
+    answers = sample_answers(inputs, codec, context)
+    tracker.progress(1, 2, "scores")
+    measured: list[Measured] = []
+    for member, training in zip(members, trained, strict=True):
+        held_out_N, answers_M = (
+            score(model, member, episodes, pad_id=codec.pad_id, batch_size=config.micro_batch_size)
+            for episodes in (evidence.held_out_episodes(), answers)
         )
-        if len(trainer.train_dataset) != len(train):  # type: ignore[arg-type]
-            raise InvariantError(f"RewardTrainer kept {len(trainer.train_dataset)} of {len(train)} pairs")  # type: ignore[arg-type]
-        trainer.remove_callback(PrinterCallback)
-        model.verify_trainable()
-        steps = trainer.train().global_step
-    head.requires_grad_(False)
-    return steps
+        measured.append(Measured(member, training, held_out_N, answers_M, statistics_of(answers_M)))
+    tracker.progress(2, 2, "scores")
+
+    artifacts = tuple(artifact for one in measured for artifact in save_member(one, context))
+    return StageResult("reward", artifacts, metrics_of(evidence, measured), account)
 
 
-def scorer_on_trunk(model: AdaptedModel, head: ScalarHead, *, pad_id: int) -> PreTrainedModel:
-    """A sequence classifier of transformers around the resident trunk and our head: no second copy of the base.
-
-    Its forward reads the score at the last token that is not `pad_id`; every comparison ends in EOS, which pad never
-    is, so that is the real last token.
-    """
-    config = type(model.base.model.config).from_dict(model.base.model.config.to_dict())
-    config.num_labels = 1
-    config.pad_token_id = pad_id
-    with torch.device("meta"):
-        classifier = AutoModelForSequenceClassification.from_config(config)
-    setattr(classifier, classifier.base_model_prefix, model.trunk)
-    classifier.score = head
-    left = [name for name, tensor in (*classifier.named_parameters(), *classifier.named_buffers()) if tensor.is_meta]
-    if left:
-        raise InvariantError(f"{type(classifier).__name__} keeps weights of its own beside trunk and score: {left}")
-    return classifier
-
-
-@torch.no_grad()
-def score(
-    model: AdaptedModel,
-    head: ScalarHead,
-    pairs: list[tuple[tuple[int, ...], tuple[int, ...]]],
-    codec: Codec,
-    batch_size: int,
-) -> Tensor:
-    """Scores (N,) on the CPU of (prompt ids, response ids), in the order given."""
-    scores = torch.zeros(len(pairs))
-    with model.role(REWARD):
-        for group in length_sorted_batches([len(p) + len(r) for p, r in pairs], batch_size):
-            episodes = [Episode(*pairs[i], has_eos=True) for i in group]
-            batch = collate(episodes, pad_id=codec.pad_id, device=model.device)
-            scores[group] = score_pass(model, head, batch).cpu()
-    return scores
+def tokenize(
+    config: RewardConfig, inputs: RewardInputs, codec: Codec, context: StageContext
+) -> tuple[Evidence, Account]:
+    """The evidence of both sides, and an account of the rows that were set aside."""
+    settings, max_length = config.objective, config.max_length
+    sides = {"train": inputs.train, "held_out": inputs.held_out}
+    if settings.kind == "unpaired":
+        verdicts = {
+            side: encode_verdicts(codec, cast(tuple[Verdict, ...], rows), max_length=max_length)
+            for side, rows in sides.items()
+        }
+        accounts = [context.set_aside(side, len(sides[side]), rejects) for side, (_, rejects) in verdicts.items()]
+        evidence = Verdicts.of(verdicts["train"][0], verdicts["held_out"][0], settings)
+    else:
+        pairs = {
+            side: encode_comparisons(codec, cast(tuple[Comparison, ...], rows), max_length=max_length)
+            for side, rows in sides.items()
+        }
+        accounts = [context.set_aside(side, len(sides[side]), rejects) for side, (_, rejects) in pairs.items()]
+        evidence = Pairs.of(pairs["train"][0], pairs["held_out"][0], settings)
+    return evidence, accounts[0] + accounts[1]
 
 
-def measure_scale(
-    config: RewardConfig, inputs: RewardInputs, head: ScalarHead, codec: Codec, context: StageContext
-) -> ScoreStatistics:
-    """The score's mean and standard deviation on one SFT response to each held-out prompt."""
+def add_members(config: RewardConfig, inputs: RewardInputs, context: StageContext) -> list[Member]:
+    """Each member's adapter, a copy of `sft` or of the one that was brought, and its head as drawn by its seed."""
+    model = context.model
+    members: list[Member] = []
+    for number in range(1, config.ensemble + 1):
+        suffix = f"-{number}" if config.ensemble > 1 else ""
+        name = REWARD + suffix
+        if inputs.adapter is None:
+            model.add(name, copy_of=SFT)
+        else:
+            model.load(name, inputs.adapter.path)
+        seed = stage_seed(context.seed, name) if suffix else context.seed
+        head = ScalarHead(model.hidden_size).initialize(seed).to(model.device)
+        members.append(Member(name, suffix, seed, head))
+    return members
+
+
+def sample_answers(inputs: RewardInputs, codec: Codec, context: StageContext) -> list[Episode]:
+    """One SFT response to each held-out prompt, or to the first 128 that fit."""
     model, sampling = context.model, inputs.sampling
     distinct = {record.prompt: Prompt(record.prompt, record.source) for record in inputs.held_out}
     prompts, too_long = encode_prompts(codec, list(distinct.values()), max_prompt_length=sampling.max_prompt_length)
@@ -186,31 +140,61 @@ def measure_scale(
     uniforms = keyed_uniforms(context.seed, "statistics", 0, list(range(len(ids))), sampling.max_response_length)
     with model.role(SFT):
         responses = generate(model, codec, ids, sampling=sampling, uniforms_BT=uniforms)
-    pairs = [(p, r.ids) for p, r in zip(ids, responses, strict=True)]
-    scores_B = score(model, head, pairs, codec, config.micro_batch_size)
-    std = scores_B.std(unbiased=False).item() if len(scores_B) > 1 else 0.0
-    return ScoreStatistics(scores_B.mean().item(), max(std, 1e-6), len(scores_B))
+    return [Episode(p, r.ids, r.has_eos) for p, r in zip(ids, responses, strict=True)]
 
 
-def _held_out_metrics(
-    chosen_B: Tensor, rejected_B: Tensor, train: list[TokenizedComparison], held_out: list[TokenizedComparison]
-) -> dict[str, object]:
-    """Accuracy and margin, and those of a rule that sees only the lengths (its direction is from the train set)."""
+def statistics_of(scores_M: Tensor) -> ScoreStatistics:
+    std = scores_M.std(unbiased=False).item() if len(scores_M) > 1 else 0.0
+    return ScoreStatistics(scores_M.mean().item(), max(std, 1e-6), len(scores_M))
 
-    def right(rows: list[TokenizedComparison], *, longer_wins: bool) -> float:
-        lengths = [len(r.chosen_ids) for r in rows], [len(r.rejected_ids) for r in rows]
-        return objective.length_rule_correct(*lengths, longer_wins=longer_wins)
 
-    longer_wins = right(train, longer_wins=True) >= right(train, longer_wins=False)
-    total = len(held_out)
-    accuracy = objective.pair_accuracy(chosen_B, rejected_B).item()
-    baseline = right(held_out, longer_wins=longer_wins)
+def save_member(measured: Measured, context: StageContext) -> tuple[Artifact, Artifact]:
+    """Its adapter, and its head with the score's statistics."""
+    model, member, step = context.model, measured.member, measured.training.kept_step
+    adapter = write_directory(
+        context.folder / f"adapter{member.suffix}",
+        lambda path: model.save(member.name, path),
+        kind="adapter",
+        stage="reward",
+        step=step,
+        base_identity=model.base_identity,
+    )
+    head = write_directory(
+        context.folder / f"head{member.suffix}",
+        lambda path: save_head(member.head, path, measured.statistics),
+        kind="head",
+        stage="reward",
+        step=step,
+        base_identity=model.base_identity,
+    )
+    return adapter, head
+
+
+def metrics_of(evidence: Evidence, measured: list[Measured]) -> Mapping[str, object]:
+    """Of the one member; or of the mean of several, each in units of its own spread, with each one's own beside."""
+    if len(measured) == 1:
+        return _own_metrics(evidence, measured[0])
+    spread_K = torch.tensor([one.statistics.std for one in measured])
+    held_out_N = ensemble_scores(torch.stack([one.held_out_N for one in measured]), spread_K)
+    answers_M = ensemble_scores(torch.stack([one.answers_M for one in measured]), spread_K)
+    kept = ("accuracy", "loss", "margin", "steps", "kept_step", "score_mean", "score_std")
+    members = [_own_metrics(evidence, one) for one in measured]
     return {
-        "accuracy": accuracy,
-        "accuracy_ci95": list(wilson_interval(accuracy * total, total)),
-        "length_baseline_accuracy": baseline / total,
-        "length_baseline_ci95": list(wilson_interval(baseline, total)),
-        "loss": objective.bradley_terry_loss(chosen_B, rejected_B).item(),
-        "margin": (chosen_B - rejected_B).mean().item(),
-        "held_out_pairs": total,
+        **evidence.report(held_out_N),
+        "steps": sum(one.training.steps for one in measured),
+        **_scale(statistics_of(answers_M)),
+        "members": [{key: metrics[key] for key in kept} for metrics in members],
+    }
+
+
+def _own_metrics(evidence: Evidence, one: Measured) -> dict[str, object]:
+    steps = {"steps": one.training.steps, "kept_step": one.training.kept_step}
+    return {**evidence.report(one.held_out_N), **steps, **_scale(one.statistics)}
+
+
+def _scale(statistics: ScoreStatistics) -> dict[str, object]:
+    return {
+        "score_mean": statistics.mean,
+        "score_std": statistics.std,
+        "score_responses": statistics.num_responses,
     }

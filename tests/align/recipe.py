@@ -1,6 +1,7 @@
 """A small config with its data, written to a folder."""
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 CONFIG = """\
@@ -32,5 +33,5 @@ def write_recipe(folder: Path, *, num_rows: int = 20) -> Path:
     return path
 
 
-def write_rows(path: Path, rows: list[dict[str, str]]) -> None:
+def write_rows(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

@@ -158,3 +158,33 @@ def test_the_dump_reads_back_as_the_same_config(recipe: Path, tmp_path: Path) ->
     (tmp_path / "dumped.yaml").write_text(settings.dump(config), encoding="utf-8")
     assert settings.load(tmp_path / "dumped.yaml") == config
     assert isinstance(config, Config)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("reward.objective.tie_threshold=2", "tie_threshold is for kind rao-kupper, and kind is bradley-terry"),
+        ("reward.objective.positive_weight=2", "positive_weight is for kind unpaired, and kind is bradley-terry"),
+        ("reward.objective.tie_threshold=1", "greater than 1"),
+        ("reward.objective.kind=thurstone", "'bradley-terry', 'rao-kupper' or 'unpaired'"),
+        ("reward.ensemble=17", "less than or equal to 16"),
+        ("reward.early_stopping.every=0", "greater than or equal to 1"),
+        ("reward.centering=0.1", "did you mean reward.objective.centering?"),
+        ("reward.weight_decay=0.1", "unknown key"),
+    ],
+)
+def test_a_setting_of_the_reward_model_that_would_do_nothing_is_refused(
+    recipe: Path, override: str, message: str
+) -> None:
+    assert message in message_of(recipe, override)
+
+
+def test_the_settings_of_every_objective_are_taken_and_read_back(recipe: Path) -> None:
+    for overrides in (
+        ["reward.objective.kind=rao-kupper", "reward.objective.tie_threshold=1.5"],
+        ["reward.objective.kind=unpaired", "reward.objective.positive_weight=4"],
+        ["reward.ensemble=3", "reward.early_stopping.every=5"],
+    ):
+        config = settings.load(recipe, overrides)
+        recipe.with_name("again.yaml").write_text(settings.dump(config), encoding="utf-8")
+        assert settings.load(recipe.with_name("again.yaml")).reward == config.reward

@@ -31,6 +31,12 @@ def test_the_table_shows_each_number_beside_its_interval() -> None:
         assert shown in text
 
 
+def test_the_table_says_whether_pairs_or_verdicts_were_judged() -> None:
+    reward = {"accuracy": 0.8, "margin": 1.5}
+    assert "reward: pair accuracy" in rendered(summary_view({"reward": reward}))
+    assert "reward: accuracy of verdicts" in rendered(summary_view({"reward": {**reward, "auc": 0.9}}))
+
+
 def test_what_a_model_wrote_cannot_steer_the_terminal() -> None:
     text = rendered(summary_view(SUMMARY))
     assert "\x1b" not in text

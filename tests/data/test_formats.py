@@ -1,15 +1,16 @@
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 
 from data.formats import FORMATS, Row, parse_row, shorten
-from data.records import Comparison, Demonstration, Message, PlainText, Prompt, RecordKind, Reject
+from data.records import Comparison, Demonstration, Message, PlainText, Prompt, RecordKind, Reject, Verdict
 
 USER = {"role": "user", "content": "Why?"}
 ANSWER = {"role": "assistant", "content": "Because."}
 OTHER = {"role": "assistant", "content": "No idea."}
 SYSTEM = {"role": "system", "content": "Be brief."}
 HUGE = "x" * 200
+PAIR = {"prompt": "Why?", "chosen": "x", "rejected": "y"}
 
 
 def turns(*pairs: tuple[Literal["system", "user", "assistant"], str]) -> tuple[Message, ...]:
@@ -83,6 +84,35 @@ def test_implicit_messages_share_a_longer_prompt() -> None:
     assert (record.chosen, record.rejected) == ("Because.", "No idea.")
 
 
+@pytest.mark.parametrize(
+    ("columns", "margin", "preference"),
+    [
+        ({}, None, 1.0),
+        ({"margin": 3, "preference": None}, 3.0, 1.0),
+        ({"margin": 0.5, "preference": 1}, 0.5, 1.0),
+        ({"margin": 0, "preference": 0.5}, 0.0, 0.5),  # no margin, and a tie
+        ({"margin": None, "preference": 0}, None, 0.0),
+    ],
+)
+def test_a_pair_may_say_by_how_much_or_how_surely(columns: Row, margin: float | None, preference: float) -> None:
+    row = {"prompt": "Why?", "chosen": "Because.", "rejected": "No idea.", **columns}
+    assert parse_row(row, "f:1", "comparison") == Comparison(
+        ASKED, "Because.", "No idea.", "f:1", margin=margin, preference=preference
+    )
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "Why?", "completion": "Because.", "label": False},
+        {"prompt": [USER], "completion": [ANSWER], "label": False},
+        {"prompt": "Why?", "completion": [ANSWER], "label": False, "rater": 3},
+    ],
+)
+def test_each_verdict_format_becomes_the_same_verdict(row: Row) -> None:
+    assert parse_row(row, "f:1", "verdict") == Verdict(ASKED, "Because.", False, "f:1")
+
+
 @pytest.mark.parametrize("row", [{"prompt": "Why?"}, {"prompt": [USER]}, {"messages": [USER]}])
 def test_each_prompt_format_becomes_messages(row: Row) -> None:
     assert parse_row(row, "f:1", "prompt") == Prompt(ASKED, "f:1")
@@ -123,6 +153,20 @@ def test_text_is_a_demonstration_without_turns() -> None:
         ("comparison", {"chosen": [USER, ANSWER], "rejected": [USER]}, "role order", "rejected"),
         ("comparison", {"chosen": [USER, ANSWER, USER, ANSWER], "rejected": [USER, OTHER]}, "role order", "chosen"),
         ("comparison", {"prompt": [USER, ANSWER], "chosen": [ANSWER], "rejected": [OTHER]}, "role order", "prompt"),
+        ("comparison", {**PAIR, "margin": -1}, "out of range", "margin"),
+        ("comparison", {**PAIR, "margin": float("nan")}, "out of range", "margin"),
+        ("comparison", {**PAIR, "margin": 10**400}, "out of range", "margin"),
+        ("comparison", {**PAIR, "margin": "2"}, "wrong type", "margin"),
+        ("comparison", {**PAIR, "preference": 1.01}, "out of range", "preference"),
+        ("comparison", {**PAIR, "preference": True}, "wrong type", "preference"),
+        ("comparison", {**PAIR, "margin": 1, "preference": 0.9}, "margin with soft label", "margin"),
+        ("comparison", {**PAIR, "margin": 1, "preference": 0}, "margin with soft label", "margin"),
+        ("verdict", {"prompt": "Why?", "label": True}, "missing field", "completion"),
+        ("verdict", {"prompt": "Why?", "completion": "x"}, "missing field", "label"),
+        ("verdict", {"prompt": "Why?", "completion": "x", "label": 1}, "wrong type", "label"),
+        ("verdict", {"prompt": "Why?", "completion": " ", "label": True}, "empty response", "completion"),
+        ("verdict", {"prompt": "Why?", "completion": [USER], "label": True}, "role order", "completion"),
+        ("verdict", {"prompt": [ANSWER], "completion": "x", "label": True}, "role order", "prompt"),
         ("prompt", {"messages": [USER, ANSWER]}, "role order", "messages"),
         ("prompt", {"prompt": ""}, "empty prompt", "prompt"),
         ("prompt", {}, "missing field", "prompt"),
@@ -148,4 +192,4 @@ def test_a_rejects_detail_shows_what_was_seen_in_one_short_line() -> None:
 
 
 def test_every_kind_has_its_formats_named() -> None:
-    assert set(FORMATS) == {"demonstration", "comparison", "prompt"}
+    assert set(FORMATS) == set(get_args(RecordKind))

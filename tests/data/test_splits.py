@@ -1,7 +1,7 @@
 import pytest
 
 from align.errors import DataError
-from data.records import Comparison, Demonstration, Message, PlainText, Prompt, Record
+from data.records import Comparison, Demonstration, Message, PlainText, Prompt, Record, Verdict
 from data.splits import normalized_prompt, shared_prompts, split_by_prompt
 
 
@@ -41,6 +41,7 @@ def test_a_prompt_is_held_out_of_every_stage_alike() -> None:
         Prompt(turns, "f:1"),
         Prompt((Message("system", "Be brief."), *turns), "f:1"),
         Comparison(turns, "a", "b", "f:1"),
+        Verdict(turns, "a", True, "f:1"),
         Demonstration((*turns, Message("assistant", "a"), *turns, Message("assistant", "b")), "f:1"),
     ]
     assert len({normalized_prompt(record) for record in kinds}) == 1

@@ -6,7 +6,8 @@ from tokenizers import normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from align.errors import ModelError
-from data.records import Comparison, Demonstration, Message, Prompt
+from data.codec import make_codec
+from data.records import Comparison, Demonstration, Message, Prompt, Verdict
 from data.tokenization import (
     Codec,
     EncodingError,
@@ -17,7 +18,7 @@ from data.tokenization import (
     encode_prompt,
     encode_prompts,
     encode_response,
-    make_codec,
+    encode_verdicts,
 )
 from tests.data.small_tokenizers import chatml, gpt2, llama
 
@@ -273,6 +274,27 @@ def test_both_sides_of_a_comparison_share_the_prompt_cut_for_the_longer_one() ->
     kept, rejects = encode_comparisons(codec, [record], max_length=longer)
     assert not kept
     assert (rejects[0].reason, rejects[0].field) == ("response over length", "rejected")
+
+
+def test_what_was_said_of_a_pair_stays_with_its_tokens() -> None:
+    codec = codec_of(chatml)
+    records = [Comparison((USER,), "Yes", "No", "f:1", margin=2.0), Comparison((USER,), "Yes", "No", "f:2", None, 0.25)]
+    kept, _ = encode_comparisons(codec, records, max_length=99)
+    assert [(row.margin, row.preference, row.source) for row in kept] == [(2.0, 1.0, "f:1"), (None, 0.25, "f:2")]
+
+
+def test_a_verdicts_prompt_is_cut_and_its_response_never() -> None:
+    codec = codec_of(chatml)
+    record = Verdict((USER,), "A longer one", False, "f:1")
+    prompt, response = encode_prompt(codec, [USER]), encode_response(codec, "A longer one")
+    for room in (len(prompt) + 5, len(prompt), 3, 1):
+        kept, _ = encode_verdicts(codec, [record], max_length=len(response) + room)
+        assert list(kept[0].prompt_ids) == prompt[-room:]
+        assert list(kept[0].response_ids) == response
+        assert (kept[0].is_good, kept[0].source) == (False, "f:1")
+    kept, rejects = encode_verdicts(codec, [record], max_length=len(response))
+    assert not kept
+    assert (rejects[0].source, rejects[0].reason, rejects[0].field) == ("f:1", "response over length", "completion")
 
 
 def test_a_comparison_ends_where_an_episode_ends() -> None:

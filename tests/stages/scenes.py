@@ -13,7 +13,7 @@ from align.heads import ScalarHead, ScoreStatistics, save_head
 from align.randomness import stage_seed
 from align.rewards import RewardModel, RewardSources, reward_sources
 from align.tracking import Tracker
-from data.records import Comparison, Demonstration, Message, Prompt
+from data.records import Comparison, Demonstration, Message, Prompt, Verdict
 from data.tokenization import TokenizedPrompt
 from tests.resident import with_adapters
 
@@ -57,6 +57,12 @@ def reward_model_of(model: AdaptedModel, scale: ScoreStatistics = STATISTICS, *,
 
 def sources_of(config: PPOConfig, model: AdaptedModel, *members: RewardModel) -> RewardSources:
     return reward_sources(config.rewards, members, model, model.base.codec(None))
+
+
+def verdicts(count: int, *, start: int = 0) -> tuple[Verdict, ...]:
+    """Of every three responses one is good."""
+    numbers = range(start, start + count)
+    return tuple(Verdict(asked(f"q{i}"), f"{'bad' if i % 3 else 'good'} {i}", i % 3 == 0, f"test:{i}") for i in numbers)
 
 
 def prompts(count: int) -> tuple[Prompt, ...]:

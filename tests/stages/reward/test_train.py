@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from trl.trainer.reward_trainer import RewardTrainer
 
-import stages.reward.train
+import stages.reward.trainer
 from align.adapters import AdaptedModel
 from align.artifacts import Artifact, write_directory
 from align.config import RewardConfig
@@ -21,7 +20,9 @@ from align.heads import ScalarHead, load_head
 from align.randomness import keyed_uniforms
 from align.restore import ModelState, lent, snapshot
 from data.tokenization import encode_prompt
-from stages.reward.train import run_reward, scorer_on_trunk
+from stages.reward.scorer import scorer_on_trunk
+from stages.reward.train import run_reward
+from stages.reward.trainer import ScoreTrainer
 from tests.resident import SHAPES, drawn_episodes, logits_of, resident, with_adapters
 from tests.stages.scenes import SAMPLING, comparisons, context_of, hashes_of, metrics_of
 
@@ -42,7 +43,7 @@ def sft_made_by_hand(root: Path, shape: str) -> Artifact:
 
 
 def run(
-    model: AdaptedModel, root: Path, *, seed: int = 0, inputs: RewardInputs | None = None, **settings: object
+    model: AdaptedModel, root: Path, *, seed: int = 0, inputs: RewardInputs | None = None, **settings: Any
 ) -> StageResult:
     inputs = inputs or RewardInputs(None, comparisons(8), comparisons(6, start=50), SAMPLING)
     return run_reward(
@@ -90,11 +91,12 @@ def test_the_accuracy_of_the_length_rule_takes_its_direction_from_the_train_set(
 def test_the_logged_loss_is_the_bradley_terry_loss_of_the_pairs(tmp_path: Path) -> None:
     # All pairs in one batch: the loss of step 1 is that of the head as it was drawn, on adapters that change nothing
     model = resident()
-    run(model, tmp_path, batch_size=8, micro_batch_size=8, centering=0.0, epochs=1)
+    whole: dict[str, Any] = {"batch_size": 8, "micro_batch_size": 8, "objective": {"centering": 0.0}}
+    run(model, tmp_path, **whole, epochs=1)
     logged = metrics_of(tmp_path / "reward")[0]["reward/loss"]
     model.reset()
     inputs = RewardInputs(None, comparisons(8), comparisons(8), SAMPLING)
-    measured = run(model, tmp_path, inputs=inputs, batch_size=8, micro_batch_size=8, centering=0.0, learning_rate=1e-9)
+    measured = run(model, tmp_path, inputs=inputs, **whole, learning_rate=1e-9)
     assert logged == pytest.approx(measured.metrics["loss"], abs=1e-4)
 
 
@@ -146,14 +148,14 @@ def test_the_scorer_is_no_second_copy_of_the_base() -> None:
     assert model.base.model.config.pad_token_id == 258  # the base's own config is not touched
 
 
-def test_a_pair_that_the_trainer_drops_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Dropping(RewardTrainer):
+def test_a_row_that_the_trainer_drops_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Dropping(ScoreTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.train_dataset = self.train_dataset.select(range(len(self.train_dataset) - 2))
 
-    monkeypatch.setattr(stages.reward.train, "RewardTrainer", Dropping)
-    with pytest.raises(InvariantError, match="RewardTrainer kept 6 of 8 pairs"):
+    monkeypatch.setattr(stages.reward.trainer, "ScoreTrainer", Dropping)
+    with pytest.raises(InvariantError, match="RewardTrainer kept 6 of 8 rows"):
         run(resident(), tmp_path)
 
 
@@ -171,7 +173,7 @@ def test_the_base_is_left_as_it_was_found_dropout_included(
             yield
         states.append(snapshot(lent_model))
 
-    monkeypatch.setattr(stages.reward.train, "lent", watched)
+    monkeypatch.setattr(stages.reward.trainer, "lent", watched)
     model = resident(shape, dropout=0.1)
     bare, checksum = snapshot(model.base.model), model.base_checksum()
     run(model, tmp_path, gradient_checkpointing=checkpointing)
@@ -188,13 +190,13 @@ def test_the_base_is_left_as_it_was_found_dropout_included(
 def test_dropout_applies_while_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: set[tuple[float, bool]] = set()
 
-    class Watched(RewardTrainer):
+    class Watched(ScoreTrainer):
         def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
             dropouts = [m for path, m in model.named_modules() if "lora_dropout.reward" in path]
             seen.update((m.p, m.training) for m in dropouts if isinstance(m, nn.Dropout))
             return super().compute_loss(model, *args, **kwargs)
 
-    monkeypatch.setattr(stages.reward.train, "RewardTrainer", Watched)
+    monkeypatch.setattr(stages.reward.trainer, "ScoreTrainer", Watched)
     run(resident(dropout=0.25), tmp_path)
     assert seen == {(0.25, True)}
 

@@ -1,0 +1,172 @@
+"""Training one reward model: TRL's RewardTrainer with our objectives, and the best state kept by held-out loss."""
+
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl.trainer.reward_config import RewardConfig as TRLConfig
+from trl.trainer.reward_trainer import RewardTrainer
+
+from align.config import EarlyStoppingConfig, RewardConfig
+from align.context import StageContext
+from align.errors import InvariantError
+from align.restore import lent
+from data.tokenization import Codec
+from stages.reward import objective
+from stages.reward.evidence import Evidence, Labels, collate_rows
+from stages.reward.scorer import Member, score, scorer_on_trunk
+from stages.trainer import ReportToTracker, trainer_arguments
+
+
+@dataclass(frozen=True)
+class Training:
+    steps: int  # optimizer steps run
+    kept_step: int  # the one whose state was kept: the last, or the best by held-out loss
+
+
+class ScoreTrainer(RewardTrainer):
+    """RewardTrainer with the losses of `evidence`. For pairs with sure labels they are TRL's own.
+
+    Departure: a row counts the same in a step, in whatever micro-batch it stands; TRL averages micro-batches, of
+    which an epoch's last may have fewer rows. So do the logged scores.
+    """
+
+    loss_is_scaled_for_ga = True  # by compute_loss, which divides by the rows of the whole step
+
+    def __init__(self, *args: Any, evidence: Evidence, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # or Trainer does not count the rows of a step
+        self._evidence = evidence
+        self._num_tokens = 0
+        self._step: list[tuple[Tensor, Labels]] = []  # scores_N and labels of the micro-batches since the last log
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if num_items_in_batch is None:
+            raise InvariantError("the trainer did not count the rows of the step, which its loss is divided by")
+        labels = Labels(inputs["labels"], inputs["margin"])
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
+        scores_N = outputs.logits[:, 0]
+        losses_B = self._evidence.losses(scores_N, labels)
+        penalties_B = objective.centering_penalties(self._evidence.sides(scores_N))
+        # Mean first, as TRL does: with whole micro-batches the bits are the same, and the share is 1 / their number
+        loss = (losses_B.mean() + self._evidence.centering * penalties_B.mean()) / (num_items_in_batch / len(losses_B))
+        self._step.append((scores_N.detach(), labels))
+        self._num_tokens += int(inputs["attention_mask"].sum())
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """What RewardTrainer logs, over all rows since the last time."""
+        if self._step:
+            scores_N, labels = self._take_step()
+            logs["num_tokens"] = self._num_tokens
+            logs["min_reward"] = scores_N.min().item()
+            logs["mean_reward"] = scores_N.mean().item()
+            logs["max_reward"] = scores_N.max().item()
+            logs.update(self._evidence.seen(scores_N, labels))
+        super().log(logs, start_time)
+
+    def _take_step(self) -> tuple[Tensor, Labels]:
+        sides = zip(*(self._evidence.sides(scores_N) for scores_N, _ in self._step), strict=True)
+        scores_N = torch.cat([torch.cat(side) for side in sides])
+        probability_B = torch.cat([labels.probability_B for _, labels in self._step])
+        margin_B = torch.cat([labels.margin_B for _, labels in self._step])
+        self._step.clear()
+        return scores_N, Labels(probability_B, margin_B)
+
+
+class KeepBest(TrainerCallback):
+    """Owns the best state so far by held-out loss, and ends the training when `patience` looks have not bettered it.
+
+    Goodfellow et al. 2016, algorithm 7.1. Departures: the state before the first step does not count, and the last
+    step is looked at whenever it comes.
+    """
+
+    def __init__(
+        self,
+        look: Callable[[], float],
+        *,
+        scorer: nn.Module,
+        tensors: Sequence[Tensor],
+        settings: EarlyStoppingConfig,
+        log: Callable[[int, float], None],
+    ) -> None:
+        self._look, self._scorer, self._tensors, self._settings, self._log = look, scorer, tensors, settings, log
+        self._best_loss, self._best, self._looks_since = math.inf, list[Tensor](), 0
+        self.best_step = 0
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        step, every = state.global_step, self._settings.every
+        if every is None or (step % every and step < state.max_steps):
+            return
+        self._scorer.eval()  # without dropout
+        loss = self._look()
+        self._scorer.train()
+        self._log(step, loss)
+        self._looks_since += 1
+        if loss < self._best_loss:
+            self._best_loss, self.best_step, self._looks_since = loss, step, 0
+            self._best = [tensor.detach().clone() for tensor in self._tensors]
+        control.should_training_stop |= self._looks_since >= self._settings.patience
+
+    def put_back(self) -> None:
+        """The best state into the tensors, whatever came after it; nothing if there was no look."""
+        for tensor, best in zip(self._tensors, self._best, strict=bool(self._best)):
+            tensor.data.copy_(best)
+
+
+def train_member(
+    member: Member, evidence: Evidence, config: RewardConfig, codec: Codec, context: StageContext
+) -> Training:
+    """Let RewardTrainer train the member's adapter, which is there already, and its head."""
+    model, tracker = context.model, context.tracker
+    rows = evidence.train_rows()
+
+    def look() -> float:
+        sizes = {"pad_id": codec.pad_id, "batch_size": config.micro_batch_size}
+        return evidence.held_out_loss(score(model, member, evidence.held_out_episodes(), **sizes))
+
+    with lent(model.base.model), model.role(member.name, train=True), tempfile.TemporaryDirectory() as temporary:
+        scorer = scorer_on_trunk(model, member.head, pad_id=codec.pad_id)
+        best = KeepBest(
+            look,
+            scorer=scorer,
+            tensors=[*model.tensors(member.name).values(), *member.head.parameters()],
+            settings=config.early_stopping,
+            log=lambda step, loss: tracker.log(step, {f"{member.name}/held_out_loss": loss}),
+        )
+        trainer = ScoreTrainer(
+            evidence=evidence,
+            model=scorer,
+            args=TRLConfig(
+                **trainer_arguments(config, replace(context, seed=member.seed), Path(temporary)),  # type: ignore[arg-type]
+                disable_dropout=False,  # adapters.dropout applies here too; TRL would set it to 0
+            ),
+            data_collator=partial(collate_rows, pad_id=codec.pad_id),
+            train_dataset=Dataset.from_list(rows),  # type: ignore[arg-type]
+            processing_class=model.base.tokenizer,
+            callbacks=[ReportToTracker(tracker, member.name), best],
+        )
+        if len(trainer.train_dataset) != len(rows):  # type: ignore[arg-type]
+            raise InvariantError(f"RewardTrainer kept {len(trainer.train_dataset)} of {len(rows)} rows")  # type: ignore[arg-type]
+        trainer.remove_callback(PrinterCallback)
+        model.verify_trainable()
+        steps = trainer.train().global_step
+        best.put_back()
+    member.head.requires_grad_(False)
+    return Training(steps, best.best_step or steps)
