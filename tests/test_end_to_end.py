@@ -63,6 +63,7 @@ class Shell:
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            preexec_fn=hear_interrupts,
         )
 
     def align(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -74,6 +75,11 @@ class Shell:
         finished = self.align("run", TINY, *SIZES, *arguments)
         assert finished.returncode == 0, finished.stderr
         return finished
+
+
+def hear_interrupts() -> None:
+    """Whoever started the tests in the background may have had SIGINT ignored, which children inherit."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def new_shell(folder: Path, cache: Path) -> Shell:
@@ -247,7 +253,7 @@ def test_a_ppo_that_is_killed_and_then_stopped_ends_with_the_same_bytes(
     first = newest_checkpoint(run)
     process = shell.start("run", TINY, *SIZES, "--resume")
     wait_until(lambda: newest_checkpoint(run) >= first + 2, process)
-    process.send_signal(signal.SIGINT)  # at once: the rest of the updates takes two seconds
+    process.send_signal(signal.SIGINT)
     below = descendants(process.pid)
     stopped = finish(process, below)
     assert steps_said(stopped)[-1] == f"ppo: resume (continues after update {first})"
