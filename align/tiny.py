@@ -13,7 +13,7 @@ from align.embedded import cache_folder
 from align.errors import ModelError
 
 SHAPES = ("llama", "gpt2", "qwen2")
-_VERSION = "5"  # part of the cache's name: raise it when what is built changes
+_VERSION = "4"  # part of the cache's name: raise it when what is built changes
 _CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -61,7 +61,7 @@ def build_tiny(shape: str, folder: Path, *, seed: int = 0) -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         # Or its logits would lie within ±1 of each other whatever an adapter does, and nothing could be learnt. Where
         # the embeddings are the same tensor, wider ones would drown what the layers add.
-        model.get_output_embeddings().weight.data.mul_(5 if config.tie_word_embeddings else 20)
+        model.get_output_embeddings().weight.data.mul_(10 if config.tie_word_embeddings else 20)
     if shape == "qwen2":  # as Qwen's instruct models: two tokens end an answer
         model.generation_config.eos_token_id = [
             tokenizer.eos_token_id,
