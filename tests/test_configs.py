@@ -12,7 +12,7 @@ import pytest
 from align import settings
 from align.adapters import AdaptedModel
 from align.base import load_base
-from align.config import Config, SourceConfig
+from align.config import Config, OptimizerConfig, PPOConfig, RewardConfig, RolloutConfig, SourceConfig
 from align.context import StageContext
 from align.driver import run_pipeline
 from align.evaluation.run import run_evaluation
@@ -194,3 +194,20 @@ def test_one_small_step_of_each_stage_of_a_recipe_runs(
     assert summary["ppo"]["first_step_kl"] == 0.0
     assert summary["ppo"]["first_minibatch_ratio_error"] == 0.0
     assert len(summary["eval"]["samples"]) == min(2, recipe.evaluation.show)
+
+
+def test_the_readme_explains_every_setting_of_reward_modelling_and_ppo() -> None:
+    """Those that are there to be chosen; sizes, rates and seeds explain themselves in the config."""
+    plain = {
+        *("updates", "checkpoint_every", "keep_checkpoints", "rollout", "optimizer", "epochs", "minibatches"),
+        *("micro_batch_size", "coefficient", "learning_rate", "batch_size", "prompts", "ptx_batch_size"),
+        *("ptx_max_length", "max_length", "gradient_checkpointing", "schedule", "warmup_fraction", "adapter"),
+    }
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    named = [*PPOConfig.model_fields, *RewardConfig.model_fields]
+    for section in (PPOConfig, RewardConfig):
+        for field in section.model_fields.values():
+            if field.annotation not in (RolloutConfig, OptimizerConfig):
+                named += getattr(field.annotation, "model_fields", {})
+    missing = [name for name in named if name not in plain and name not in readme]
+    assert missing == []
