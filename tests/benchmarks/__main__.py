@@ -6,9 +6,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.benchmarks import quickstart
+from tests.benchmarks import quickstart, trl_parity
 
-BENCHMARKS = {"quickstart": quickstart.run}
+BENCHMARKS = {"quickstart": quickstart.run, "trl-parity": trl_parity.run}
 
 
 def main() -> int:
