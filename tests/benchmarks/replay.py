@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
+from align.adapters import AdaptedModel
+from align.episodes import Episode, collate, policy_pass
 from stages.ppo import objective
 
 
@@ -31,6 +33,11 @@ class Losses:
 def policy_loss(logprobs_BT: Tensor, old_logprobs_BT: Tensor, advantages_BT: Tensor, *, clip: float) -> Tensor:
     """The one place that knows our signature: one clip, the same on both sides."""
     return objective.policy_loss(logprobs_BT, old_logprobs_BT, advantages_BT, clip=clip)
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, relative to the largest of theirs."""
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 class Replay:
@@ -124,6 +131,36 @@ class Replay:
         values_BT = head(backbone(**options).last_hidden_state[:, before])[..., 0]
         padding_BT, padding_p1_BT = self._rollout("padding_mask"), self._rollout("padding_mask_p1")
         return logprobs_BT.masked_fill(padding_BT, 1.0), values_BT.masked_fill(padding_p1_BT, 0.0)
+
+    def own_pass(self, model: AdaptedModel) -> tuple[float, float]:
+        """Relative errors of the logprobs and of the policy's gradient as the learner itself computes them: in float32,
+        right-padded, chunk by chunk."""
+        parameters = dict(model.base.model.named_parameters())
+        for name, parameter in parameters.items():
+            parameter.data.copy_(self._all[f"{self._step}/weight/policy.{name}"])
+            parameter.requires_grad_(True)
+        batch = collate(self._episodes(), pad_id=self._pad_id, device=model.device)
+        mask_BT = batch.is_response_BT
+        real = slice(mask_BT.shape[1])
+        logprobs_BT = policy_pass(model, batch, temperature=self._settings.temperature).logprobs_BT
+        old_BT, advantages_BT = (self._rollout(name)[:, real].float() for name in ("logprobs", "advantages"))
+        loss_BT = policy_loss(logprobs_BT, old_BT, advantages_BT, clip=self._settings.clip)
+        gradients = torch.autograd.grad(objective.masked_mean(loss_BT, mask_BT), list(parameters.values()))
+        theirs = [self._all[f"{self._step}/gradient/policy.{name}"] for name in parameters]
+        pairs = (
+            (logprobs_BT, self.captured("new_logprobs")[:, real] * mask_BT),
+            (torch.cat([g.flatten() for g in gradients]), torch.cat([g.flatten() for g in theirs])),
+        )
+        first, second = (relative_error(*pair) for pair in pairs)
+        return first, second
+
+    def _episodes(self) -> list[Episode]:
+        prompts, responses = self._rollout("queries"), self._rollout("responses")
+        ended, last_B = self._rollout("contain_eos_token").tolist(), self._rollout("sequence_lengths").tolist()
+        return [
+            Episode(tuple(ids[ids != self._pad_id].tolist()), tuple(response[: last + 1].tolist()), has_eos)
+            for ids, response, last, has_eos in zip(prompts, responses, last_B, ended, strict=True)
+        ]
 
     # ---- what the departures change ----
 

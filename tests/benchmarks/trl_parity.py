@@ -15,14 +15,19 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
+from align.adapters import AdaptedModel
+from align.base import load_base
+from align.config import AdaptersConfig, BaseModelConfig
 from align.tiny import find_tiny
 from stages.ppo import objective
 from tests.benchmarks.peer.installation import VERSION, finish, install_peer, start
 from tests.benchmarks.peer.scripted import arbitrary_score
-from tests.benchmarks.replay import Replay, Settings
+from tests.benchmarks.replay import Replay, Settings, relative_error
 
 RESULTS = Path(__file__).parent / "results" / "trl-parity.json"
 TOLERANCE = 1e-6
+FLOAT32_TOLERANCE = 1e-5  # of what our own pass computes, which is float32 by design
+PAD_ID = 256  # <|endoftext|>, the pad token that the peer is given
 SETTINGS = Settings(temperature=0.7, kl=0.1, gamma=0.99, lam=0.95, clip=0.2, value_clip=0.2, vf=0.1, penalty=1.0)
 EPISODES, EPOCHS, MINIBATCHES = 16, 2, 2
 
@@ -45,10 +50,10 @@ def run(root: Path) -> int:
     captured = _capture(root / "trl-parity")
     same = _rollout_rows(captured)
     departures: dict[str, str] = _rollout_departures(captured)
-    pad_id = 256  # <|endoftext|>, the pad token that the peer is given
+    model = AdaptedModel(load_base(BaseModelConfig(model="tiny:llama", device="cpu")), AdaptersConfig())
     for step in range(EPOCHS * MINIBATCHES):
-        replay = Replay(captured, step, SETTINGS, find_tiny("llama"), pad_id)
-        same += _step_rows(replay, step)
+        replay = Replay(captured, step, SETTINGS, find_tiny("llama"), PAD_ID)
+        same += _step_rows(replay, step, model)
         if step in (0, EPOCHS * MINIBATCHES - 1):
             departures |= _step_departures(replay, step)
     table = Table("the same formula, on TRL's masks", "relative error", "held")
@@ -91,10 +96,6 @@ def _capture(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "captured.safetensors")
 
 
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
-
-
 def bessel(mask_BT: Tensor) -> float:
     """What turns our whitening, by the variance over n, into TRL's, by that over n − 1."""
     n = int(mask_BT.sum())
@@ -111,7 +112,7 @@ def _estimates(t: dict[str, Tensor], mask_BT: Tensor) -> tuple[Tensor, Tensor, T
 
 def _raw_scores(t: dict[str, Tensor]) -> Tensor:
     """What the scripted reward said, before TRL took the penalty: of prompt and response up to EOS."""
-    padded_BS = t["rollout/queries"] == 256
+    padded_BS = t["rollout/queries"] == PAD_ID
     rows = zip(t["rollout/queries"], padded_BS, t["rollout/responses"], t["rollout/sequence_lengths"], strict=True)
     ids = [query[~padding].tolist() + response[: int(last) + 1].tolist() for query, padding, response, last in rows]
     return torch.tensor([arbitrary_score(row) for row in ids], dtype=torch.float64)
@@ -154,7 +155,7 @@ def _rollout_departures(t: dict[str, Tensor]) -> dict[str, str]:
     }
 
 
-def _step_rows(replay: Replay, step: int) -> list[Row]:
+def _step_rows(replay: Replay, step: int, model: AdaptedModel) -> list[Row]:
     """One backward pass: losses from TRL's stored logprobs and values, gradients from the same weights."""
     name = f"minibatch {step + 1}"
     stored = replay.losses_of_stored()
@@ -164,6 +165,9 @@ def _step_rows(replay: Replay, step: int) -> list[Row]:
     ]
     gradient = replay.gradient(as_trl=True)
     rows.append(Row(f"{name}: gradient", relative_error(gradient, replay.captured_gradient()), TOLERANCE))
+    logprobs_error, gradient_error = replay.own_pass(model)
+    rows.append(Row(f"{name}: logprobs by our own pass, float32", logprobs_error, FLOAT32_TOLERANCE))
+    rows.append(Row(f"{name}: policy gradient through it, float32", gradient_error, FLOAT32_TOLERANCE))
     return rows
 
 

@@ -64,12 +64,14 @@ def main(path: Path) -> None:
     backward = trainer.accelerator.backward
 
     def intercepted(loss: Tensor, **options: object) -> None:
-        frame = sys._getframe(1)  # noqa: SLF001
+        frame = sys._getframe(1)
         step = sum(key.endswith("/loss") for key in captured)
         wrapper = trainer.model
         weights = {f"{step}/weight/{name}": p.detach().clone() for name, p in wrapper.named_parameters()}
         backward(loss, **options)
-        gradients = {f"{step}/gradient/{n}": p.grad.clone() for n, p in wrapper.named_parameters() if p.grad is not None}
+        gradients = {
+            f"{step}/gradient/{n}": p.grad.clone() for n, p in wrapper.named_parameters() if p.grad is not None
+        }
         captured.update(_locals(frame, ROLLOUT, "rollout"))
         captured.update(_locals(frame, STEP, str(step)) | weights | gradients)
 

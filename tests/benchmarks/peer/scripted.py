@@ -13,9 +13,9 @@ def arbitrary_score(ids: list[int]) -> float:
 
 
 class ScriptedReward(nn.Module):
-    """Looks to TRL's `get_reward` like a sequence classifier: a backbone whose last hidden state holds at every position
-    what `score_row` says of the whole row, and a `score` that hands it on. So TRL finds the same reward at whatever
-    token it looks."""
+    """Looks to TRL's `get_reward` like a sequence classifier: a backbone whose last hidden state holds at every
+    position what `score_row` says of the whole row, and a `score` that hands it on. So TRL finds the same reward at
+    whatever token it looks."""
 
     base_model_prefix = "backbone"
 
