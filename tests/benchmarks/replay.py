@@ -62,6 +62,11 @@ class Replay:
         prefix = f"{self._step}/gradient/"
         return sorted(key.removeprefix(prefix) for key in self._all if key.startswith(prefix))
 
+    def by_model(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        """Such a gradient, cut into the policy's and the value model's."""
+        size = sum(parameter.numel() for parameter in self._policy.parameters())
+        return gradient[:size], gradient[size:]
+
     def _rollout(self, name: str) -> Tensor:
         return self._all[f"rollout/{name}"][self._rows_B]
 

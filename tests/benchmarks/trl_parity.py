@@ -172,11 +172,11 @@ def _step_rows(replay: Replay, step: int, model: AdaptedModel) -> list[Row]:
 
 
 def _step_departures(replay: Replay, step: int) -> dict[str, str]:
-    ours, theirs = replay.gradient(as_trl=False), replay.captured_gradient()
-    cosine = torch.cosine_similarity(ours, theirs, dim=0).item()
+    ours, theirs = (replay.by_model(g) for g in (replay.gradient(as_trl=False), replay.captured_gradient()))
+    angles = [f"{torch.cosine_similarity(*pair, dim=0).item():.4f}" for pair in zip(ours, theirs, strict=True)]
     effects = {
         f"minibatch {step + 1}: all departures together": (
-            f"gradients have cosine {cosine:.4f}, norms {ours.norm().item():.4g} and {theirs.norm().item():.4g} (TRL); "
+            f"cosine of the policy's gradients {angles[0]}, of the value model's {angles[1]}; "
             f"{replay.clipped():.0%} of the ratios and {replay.values_clipped():.0%} of the values are clipped"
         )
     }

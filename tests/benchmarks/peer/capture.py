@@ -14,7 +14,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification, set_seed
 from trl.experimental.ppo import PPOConfig, PPOTrainer  # type: ignore[import-not-found]
 
 from tests.benchmarks.peer.scripted import ScriptedReward, arbitrary_score
@@ -42,7 +42,7 @@ def _models(folder: str) -> tuple[nn.Module, nn.Module, nn.Module]:
 
 def main(path: Path) -> None:
     job: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    torch.manual_seed(job["seed"])
+    set_seed(job["seed"])  # numpy's too: TRL shuffles minibatches with it
     folder = Path(job["folder"])
     tokenizer = AutoTokenizer.from_pretrained(job["model"], padding_side="left")
     tokenizer.pad_token = job["pad_token"]
