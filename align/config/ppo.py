@@ -124,7 +124,7 @@ class CriticConfig(Section):
     coefficient: float = Field(default=0.1, ge=0, description="of the value loss")
     clip: float | None = Field(default=0.2, gt=0)
     learning_rate: float | None = Field(
-        default=None, gt=0, description="of the value head; the optimizer's if not given"
+        default=None, gt=0, description="if not given, ten times the optimizer's for a head, three times for an adapter"
     )
     warmup_updates: int = Field(default=0, ge=0, description="in which the critic learns and the policy stays")
 
@@ -206,9 +206,5 @@ class PPOConfig(Section):
         if self.rollout.episodes % responses:
             raise ValueError(
                 f"rollout.episodes {self.rollout.episodes} is not a multiple of responses_per_prompt {responses}"
-            )
-        if estimator == "gae" and self.critic.kind == "adapter" and not self.rewards.uses_reward_model:
-            raise ValueError(
-                "critic.kind adapter starts from the reward model, which rewards.sources leaves out: use head"
             )
         return self

@@ -96,7 +96,7 @@ def _make_actor_critic(config: PPOConfig, members: Sequence[RewardModel], model:
     if config.advantage.estimator != "gae":
         return ActorCritic(model, None, config.optimizer)
     start = None
-    if config.critic.kind == "adapter":
+    if config.critic.kind == "adapter" and config.rewards.uses_reward_model:
         weight = next(source.weight for source in config.rewards.sources if source.kind == "reward")
         first, is_standardized = members[0], config.rewards.normalize == "model" or len(members) > 1
         scale = first.scale if is_standardized else AS_IT_IS

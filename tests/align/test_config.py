@@ -23,10 +23,6 @@ from align.config import KLConfig, PPOConfig, RewardsConfig
         ({"rewards": {"sources": [{"kind": "function", "function": "nothing"}]}}, "should match pattern"),
         ({"rewards": {"sources": [{}, {}]}}, "need distinct names, these have reward, reward"),
         ({"rewards": {"sources": [{}, {"name": "other"}]}}, "only one reward source can be of kind reward"),
-        (
-            {"critic": {"kind": "adapter"}, "rewards": {"sources": [{"kind": "function", "function": "a:b"}]}},
-            "critic.kind adapter starts from the reward model",
-        ),
     ],
 )
 def test_what_does_not_fit_together_is_refused_with_the_reason(sections: dict[str, object], message: str) -> None:

@@ -32,7 +32,13 @@ class Losses:
 
 def policy_loss(logprobs_BT: Tensor, old_logprobs_BT: Tensor, advantages_BT: Tensor, *, clip: float) -> Tensor:
     """The one place that knows our signature: one clip, the same on both sides."""
-    return objective.policy_loss(logprobs_BT, old_logprobs_BT, advantages_BT, clip=clip)
+    return objective.policy_loss(logprobs_BT, old_logprobs_BT, advantages_BT, clip_low=clip, clip_high=clip)
+
+
+def masked_mean(values_BT: Tensor, mask_BT: Tensor) -> Tensor:
+    """As the learner averages: by loss_weights, over the mask."""
+    weights_BT = objective.loss_weights(mask_BT, average="token", num_tokens=int(mask_BT.sum()), num_responses=0)
+    return (values_BT * weights_BT).sum()
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
@@ -96,7 +102,7 @@ class Replay:
             advantages_BT, returns_BT = self._our_estimates()
         policy_BT = policy_loss(logprobs_BT, self._rollout("logprobs"), advantages_BT, clip=s.clip)
         value_BT = objective.value_loss(values_BT, self._rollout("values"), returns_BT, clip=s.value_clip)
-        return Losses(objective.masked_mean(policy_BT, mask_BT), objective.masked_mean(value_BT, value_mask_BT))
+        return Losses(masked_mean(policy_BT, mask_BT), masked_mean(value_BT, value_mask_BT))
 
     def _our_estimates(self) -> tuple[Tensor, Tensor]:
         """This minibatch's whitened advantages and returns as our pipeline makes them of the whole rollout."""
@@ -150,7 +156,7 @@ class Replay:
         logprobs_BT = policy_pass(model, batch, temperature=self._settings.temperature).logprobs_BT
         old_BT, advantages_BT = (self._rollout(name)[:, real].float() for name in ("logprobs", "advantages"))
         loss_BT = policy_loss(logprobs_BT, old_BT, advantages_BT, clip=self._settings.clip)
-        gradients = torch.autograd.grad(objective.masked_mean(loss_BT, mask_BT), list(parameters.values()))
+        gradients = torch.autograd.grad(masked_mean(loss_BT, mask_BT), list(parameters.values()))
         theirs = [self._all[f"{self._step}/gradient/policy.{name}"] for name in parameters]
         pairs = (
             (logprobs_BT, self.captured("new_logprobs")[:, real] * mask_BT),
@@ -175,11 +181,11 @@ class Replay:
     def clipped(self) -> float:
         """Share of response tokens whose ratio is outside the clip."""
         outside_BT = (self._log_ratio_BT().exp() - 1).abs() > self._settings.clip
-        return objective.masked_mean(outside_BT.double(), ~self._rollout("padding_mask")).item()
+        return masked_mean(outside_BT.double(), ~self._rollout("padding_mask")).item()
 
     def values_clipped(self) -> float:
         moved_BT = (self.captured("vpred") - self._rollout("values")).abs() > self._settings.value_clip
-        return objective.masked_mean(moved_BT.double(), ~self._rollout("padding_mask")).item()
+        return masked_mean(moved_BT.double(), ~self._rollout("padding_mask")).item()
 
     def temperature_gap(self) -> float:
         with torch.no_grad():
@@ -192,7 +198,7 @@ class Replay:
         rows_B = self._all[f"{last}/micro_batch_inds"]
         squares_BT = (self._all[f"{last}/new_logprobs"] - self._all["rollout/logprobs"][rows_B]).square()
         mask_BT = ~self._all["rollout/padding_mask"][rows_B]
-        ours = 0.5 * objective.masked_mean(squares_BT, mask_BT).item()
+        ours = 0.5 * masked_mean(squares_BT, mask_BT).item()
         return f"logged only; in the last minibatch {ours:.3g}, TRL logs {0.5 * squares_BT.mean().item():.3g}"
 
     def _log_ratio_BT(self) -> Tensor:
