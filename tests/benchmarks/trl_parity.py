@@ -28,6 +28,7 @@ RESULTS = Path(__file__).parent / "results" / "trl-parity.json"
 TOLERANCE = 1e-6
 FLOAT32_TOLERANCE = 1e-5  # of what our own pass computes, which is float32 by design
 PAD_ID = 256  # <|endoftext|>, the pad token that the peer is given
+EOS_ID = 258  # <|im_end|>
 SETTINGS = Settings(temperature=0.7, kl=0.1, gamma=0.99, lam=0.95, clip=0.2, value_clip=0.2, vf=0.1, penalty=1.0)
 EPISODES, EPOCHS, MINIBATCHES = 16, 2, 2
 
@@ -111,11 +112,15 @@ def _estimates(t: dict[str, Tensor], mask_BT: Tensor) -> tuple[Tensor, Tensor, T
 
 
 def _raw_scores(t: dict[str, Tensor]) -> Tensor:
-    """What the scripted reward said, before TRL took the penalty: of prompt and response up to EOS."""
-    padded_BS = t["rollout/queries"] == PAD_ID
-    rows = zip(t["rollout/queries"], padded_BS, t["rollout/responses"], t["rollout/sequence_lengths"], strict=True)
-    ids = [query[~padding].tolist() + response[: int(last) + 1].tolist() for query, padding, response, last in rows]
-    return torch.tensor([arbitrary_score(row) for row in ids], dtype=torch.float64)
+    """What the scripted reward said, before TRL took the penalty: of prompt and response up to EOS, without padding.
+
+    Not up to `sequence_lengths`: TRL also ends a response at a pad token that the policy has sampled itself.
+    """
+    rows: list[list[int]] = []
+    for query, response in zip(t["rollout/queries"].tolist(), t["rollout/responses"].tolist(), strict=True):
+        end = response.index(EOS_ID) + 1 if EOS_ID in response else len(response)
+        rows.append([token for token in query + response[:end] if token != PAD_ID])
+    return torch.tensor([arbitrary_score(row) for row in rows], dtype=torch.float64)
 
 
 def _rollout_rows(t: dict[str, Tensor]) -> list[Row]:
