@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 from align import settings
 from align.adapters import AdaptedModel
@@ -205,9 +206,9 @@ def test_the_readme_explains_every_setting_of_reward_modelling_and_ppo() -> None
     }
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     named = [*PPOConfig.model_fields, *RewardConfig.model_fields]
-    for section in (PPOConfig, RewardConfig):
-        for field in section.model_fields.values():
-            if field.annotation not in (RolloutConfig, OptimizerConfig):
-                named += getattr(field.annotation, "model_fields", {})
+    for section in (PPOConfig(), RewardConfig()):
+        for _, inner in section:
+            if isinstance(inner, BaseModel) and not isinstance(inner, RolloutConfig | OptimizerConfig):
+                named += type(inner).model_fields
     missing = [name for name in named if name not in plain and name not in readme]
     assert missing == []

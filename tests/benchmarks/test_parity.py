@@ -67,4 +67,4 @@ def test_every_word_of_the_language_is_a_token_and_no_prompt_is_on_both_sides() 
     draw = random.Random(0)
     texts = [f"<user> {prompt} <assistant> {answer(draw, prompt)} <end>" for prompt in held_out]
     unknown = tokenizer.convert_tokens_to_ids("<unk>")
-    assert all(unknown not in tokenizer(text)["input_ids"] for text in texts)  # type: ignore[operator]
+    assert all(unknown not in tokenizer(text)["input_ids"] for text in texts)

@@ -31,7 +31,7 @@ def _models(folder: str) -> tuple[nn.Module, nn.Module, nn.Module]:
     policy = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     config = LlamaConfig.from_pretrained(folder)
-    config.num_labels = 1  # type: ignore[assignment]
+    config.num_labels = 1
     value = LlamaForSequenceClassification(config).double()
     with torch.no_grad():
         for parameter in reference.parameters():
@@ -64,7 +64,7 @@ def main(path: Path) -> None:
     backward = trainer.accelerator.backward
 
     def intercepted(loss: Tensor, **options: object) -> None:
-        frame = sys._getframe(1)
+        frame = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
         step = sum(key.endswith("/loss") for key in captured)
         wrapper = trainer.model
         weights = {f"{step}/weight/{name}": p.detach().clone() for name, p in wrapper.named_parameters()}

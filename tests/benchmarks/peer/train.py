@@ -6,6 +6,7 @@ copy of the base with a scalar head, trained whole: so does TRL ship it.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
@@ -23,7 +24,7 @@ from tests.benchmarks.parity_task import make_tokenizer, prompts, row_scorer
 from tests.benchmarks.peer.scripted import ScriptedReward
 
 
-def _arguments(recipe: Recipe, folder: Path, seed: int) -> PPOConfig:
+def _arguments(recipe: Recipe, folder: Path, seed: int) -> Any:  # PPOConfig of a TRL that type checkers do not see
     """The recipe in TRL's words. One whole batch a device and no accumulation: with accumulation, TRL's optimizer steps
     once an epoch, whatever num_mini_batches says."""
     return PPOConfig(
@@ -49,12 +50,12 @@ def _rows(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Dataset:
     )
 
 
-def _trainer(job: Job, folder: Path) -> PPOTrainer:
+def _trainer(job: Job, folder: Path) -> Any:
     tokenizer, recipe = make_tokenizer(), job.recipe
     tokenizer.padding_side = "left"
     trained_on, held_out = prompts()
     lora = LoraConfig(
-        r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=0.0, target_modules=list(recipe.targets),
+        r=recipe.rank, lora_alpha=int(recipe.alpha), lora_dropout=0.0, target_modules=list(recipe.targets),
         task_type="CAUSAL_LM",
     )  # fmt: skip
     return PPOTrainer(
