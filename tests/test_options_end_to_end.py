@@ -19,7 +19,7 @@ LETTERS = 'ppo.rewards.sources=[{kind: function, function: "tests.align.scoring_
 LEARNS = (
     "ppo.updates=10", "ppo.checkpoint_every=99", "ppo.rollout.episodes=32", "ppo.rollout.batch_size=32",
     "ppo.loss.micro_batch_size=16", "ppo.kl.coefficient=0.001", "ppo.rewards.missing_eos_penalty=0",
-    "ppo.optimizer.learning_rate=2e-2", "ppo.optimizer.schedule=constant",
+    "ppo.optimizer.learning_rate=2e-2", "ppo.critic.learning_rate=1e-2", "ppo.optimizer.schedule=constant",
 )  # fmt: skip
 
 

@@ -111,7 +111,12 @@ class RewardsConfig(Section):
 class AdvantageConfig(Section):
     estimator: Literal["gae", "rloo", "grpo"] = Field(default="gae", description="rloo and grpo have no critic")
     gamma: float = Field(default=1.0, gt=0, le=1, description="gae")
-    lam: float = Field(default=0.95, ge=0, le=1, description="gae")
+    lam: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="gae; below 1 leans on the critic, which learnt more slowly (learning-parity)",
+    )
     whiten: bool | None = Field(default=None, description="over the rollout; if not given, for gae only")
 
     @property

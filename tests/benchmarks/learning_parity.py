@@ -1,7 +1,8 @@
 """Does our PPO learn as well as TRL 1.12.0's? The same model, reward, prompts and hyperparameters; ten seeds a system.
 
 Judged by fresh answers to held-out prompts: ours is not inferior if the 95 % interval of (ours − TRL) lies above minus
-5 % of the reward's range, at equal episodes and at matched KL.
+5 % of the reward's range, at equal episodes and at matched KL. The bar is for the critic that is the counterpart of
+TRL's, with an adapter of its own. Beside it: the critic that is a head on the policy's trunk, and both with λ = 1.
 """
 
 import json
@@ -21,7 +22,8 @@ from tests.benchmarks.parity_task import find_model
 from tests.benchmarks.peer.installation import VERSION, finish, install_peer, start
 
 SEEDS = tuple(range(10))
-OURS = ("head", "adapter")  # our two critics, each a system of its own
+OURS = ("adapter", "head", "adapter-lam1", "head-lam1")  # our two critics, each a system of its own; and with λ = 1
+BARRED = "adapter"
 SYSTEMS = ("trl", *OURS)
 PROCESSES = 2  # of one thread each
 MARGIN = 0.05  # of the reward's range, which is 1
@@ -60,7 +62,7 @@ def run(root: Path) -> int:
     _print(runs, base, verdicts)
     _keep(runs, base, verdicts)
     plot(runs, RESULTS / "learning-parity.png")
-    return 0 if all(verdict.held for verdict in verdicts.values()) else 1
+    return 0 if verdicts[BARRED].held else 1
 
 
 def _folder(root: Path, job: Job) -> Path:
@@ -126,7 +128,7 @@ def _print(runs: dict[str, list[Run]], base: Outcome, verdicts: dict[str, Verdic
 
 
 def _title(system: str) -> str:
-    return f"TRL {VERSION}" if system == "trl" else f"ours, critic: {system}"
+    return f"TRL {VERSION}" if system == "trl" else f"ours, critic: {system.replace('-lam1', ', λ = 1')}"
 
 
 def _keep(runs: dict[str, list[Run]], base: Outcome, verdicts: dict[str, Verdict]) -> None:
@@ -151,7 +153,9 @@ def plot(runs: dict[str, list[Run]], path: Path) -> None:
 
     figure: Figure = plt.figure(figsize=(10, 4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    for colour, (name, of_system) in zip(("tab:orange", "tab:blue", "tab:green"), runs.items(), strict=False):
+    for colour, (name, of_system) in zip(
+        ("tab:orange", "tab:green", "tab:blue", "tab:olive", "tab:cyan"), runs.items(), strict=False
+    ):
         rewards_RU = np.array([smoothed([p.reward for p in run.curve]) for run in of_system])
         kls_RU = np.array([smoothed([p.kl for p in run.curve]) for run in of_system])
         episodes_U = [point.episode for point in of_system[0].curve]

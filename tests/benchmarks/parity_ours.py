@@ -45,8 +45,12 @@ def _config(recipe: Recipe, critic: str) -> PPOConfig:
             },
             "kl": {"coefficient": recipe.kl},
             "rewards": {"sources": [SCRIPTED], "normalize": "none", "clip": None, "missing_eos_penalty": 0.0},
-            "advantage": {"gamma": recipe.gamma, "lam": recipe.lam, "whiten": True},
-            "critic": {"kind": critic, "coefficient": recipe.vf, "clip": recipe.value_clip},
+            "advantage": {
+                "gamma": recipe.gamma,
+                "lam": 1.0 if critic.endswith("-lam1") else recipe.lam,
+                "whiten": True,
+            },
+            "critic": {"kind": critic.removesuffix("-lam1"), "coefficient": recipe.vf, "clip": recipe.value_clip},
             "loss": {
                 "epochs": recipe.epochs,
                 "minibatches": recipe.minibatches,

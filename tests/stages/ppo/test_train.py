@@ -74,6 +74,7 @@ def test_a_policy_learns_to_say_what_is_rewarded(tmp_path: Path, monkeypatch: py
         rewards={"normalize": "none", "missing_eos_penalty": 0.0},
         kl={"coefficient": 0.0},
         optimizer={"learning_rate": 2e-2, "schedule": "constant"},
+        critic={"learning_rate": 2e-2},
     )
     run(tmp_path, config, ppo_inputs(tmp_path, sft=False), model=model)
     scores = [line["objective/score"] for line in metrics_of(tmp_path / "ppo")]
