@@ -66,7 +66,7 @@ def test_a_classifier_is_learnt(tmp_path: Path) -> None:
     [
         ("sure", ("ppo.critic.kind=adapter",)),
         ("soft", ()),
-        ("ties", ("reward.objective.kind=rao-kupper", "ppo.updates=28")),
+        ("ties", ("reward.objective.kind=rao-kupper", "ppo.optimizer.learning_rate=2e-2")),
         ("unpaired", ("reward.objective.kind=unpaired", "ppo.rewards.normalize=running")),
         ("sure", ("reward.ensemble=2", "ppo.rewards.ensemble=min")),
     ],
