@@ -68,6 +68,7 @@ def run_pipeline(
     with occupied(run), _said_if_stopped(run, display, command):
         if "ppo" in steps:
             refuse_unfinished(run / "ppo", resume=resume, fresh=fresh, command=command)
+            source_identities(config.ppo.rewards)  # or a missing one would only be told after SFT and reward training
         base_identity = resolve_base(config.base).identity
         data = {name: read_stage_data(config, name, run, display.note) for name in config.run.stages if name in steps}
         journal = Journal(config, run, base_identity)

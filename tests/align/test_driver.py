@@ -9,7 +9,16 @@ import pytest
 from align import settings
 from align.cluster import Cluster
 from align.driver import run_pipeline
-from align.errors import AlignError, DataError, InvariantError, PlacementError, StoppedError, UsageError, WorkerError
+from align.errors import (
+    AlignError,
+    ConfigError,
+    DataError,
+    InvariantError,
+    PlacementError,
+    StoppedError,
+    UsageError,
+    WorkerError,
+)
 from align.randomness import stage_seed
 from align.status import Status, read_state
 from align.worker import StageFunction
@@ -246,6 +255,12 @@ def test_too_many_rejected_rows_stop_the_run_before_ray_and_are_in_a_file(folder
     with pytest.raises(DataError, match=r"data\.ppo\.train: 2 rows in, 1 kept, 1 rejected"):
         run(folder)
     assert "prompts.jsonl:2" in (run_of(folder) / "ppo" / "rejects.jsonl").read_text()
+
+
+def test_a_reward_function_that_is_nowhere_is_told_before_anything_runs(folder: Path, no_ray: None) -> None:
+    with pytest.raises(ConfigError, match="there is no module nowhere_at_all"):
+        run(folder, 'ppo.rewards.sources=[{kind: function, function: "nowhere_at_all:f"}]')
+    assert not (run_of(folder) / "config.yaml").exists()
 
 
 def test_held_out_prompts_that_are_trained_on_are_warned_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
