@@ -200,7 +200,8 @@ def _encode_text(codec: Codec, text: str, max_length: int) -> list[TokenizedDemo
     ids = [*cast(list[int], codec.tokenizer(text)["input_ids"])]
     while ids and ids[-1] in codec.eos_ids:  # some tokenizers add it themselves
         ids.pop()
-    ids.append(cast("int | None", codec.tokenizer.eos_token_id) or codec.end_of_turn_id)
+    eos_id = cast("int | None", codec.tokenizer.eos_token_id)
+    ids.append(codec.end_of_turn_id if eos_id is None else eos_id)
     pieces = [tuple(ids[start : start + max_length]) for start in range(0, len(ids), max_length)]
     if len(pieces) > 1 and len(pieces[-1]) == 1:  # a lone last token has none before it in its row
         pieces[-2:] = [pieces[-2][:-1], (pieces[-2][-1], *pieces[-1])]

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -7,7 +8,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from align.errors import ModelError
 from data.codec import make_codec
-from data.records import Comparison, Demonstration, Message, Prompt, Verdict
+from data.records import Comparison, Demonstration, Message, PlainText, Prompt, Verdict
 from data.tokenization import (
     Codec,
     EncodingError,
@@ -335,3 +336,11 @@ def test_progress_is_told_now_and_then_and_at_the_end() -> None:
     assert told[-1] == (600, 600)
     assert all(before < after for before, after in pairwise(told))
     assert len(told) < 10
+
+
+def test_plain_text_ends_with_the_eos_token_also_where_its_id_is_0() -> None:
+    tokenizer = gpt2()
+    tokenizer.eos_token = str(tokenizer.convert_ids_to_tokens(0))
+    codec = make_codec(tokenizer, eos_ids=[0, 5], system_prompt=None)
+    [row], _ = encode_demonstrations(replace(codec, end_of_turn_id=5), [PlainText("Why?", "f:1")], max_length=64)
+    assert row.ids[-1] == 0
