@@ -90,6 +90,11 @@ def _download(hub_id: str, revision: str | None) -> Path:
         ) from None
 
 
+def missing_files(folder: Path) -> list[str]:
+    """What a folder lacks to be a model of transformers, as patterns."""
+    return [name for name in ("config.json", "*.safetensors") if not any(folder.glob(name))]
+
+
 def _identity(folder: Path) -> str:
     if not (folder / "config.json").is_file():
         raise ModelError(f"base.model: {folder} has no config.json; it is not a model of transformers")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from align.base import missing_files
 from align.config import BaseModelConfig, Config, SourceConfig
 from align.errors import AlignError
 from align.handover import brought, brought_head
@@ -44,7 +45,7 @@ def _check_base(base: BaseModelConfig) -> Finding:
     folder = Path(base.model)
     if not folder.is_absolute():  # settings made every folder absolute
         return Finding(what, "not checked", f"hub id {base.model}")
-    missing = [name for name in ("config.json", "*.safetensors") if not any(folder.glob(name))]
+    missing = missing_files(folder)
     if missing:
         return Finding(what, "wrong", f"base.model: {folder} {_lacks(folder, missing)}; give a folder of transformers")
     return Finding(what, "ok", str(folder))

@@ -48,6 +48,13 @@ class StageContext:
     rank: int = 0
     world_size: int = 1
 
+    def load_sft(self, artifact: Artifact | None) -> None:
+        """Add the `sft` adapter; where there is none a zero one, so that there is one code path."""
+        if artifact is None:
+            self.model.add("sft", seed=self.seed)
+        else:
+            self.model.load("sft", artifact.path)
+
     def set_aside(self, what: str, rows_in: int, rejects: list[Reject]) -> Account:
         """Account for rows that did not fit once they were tokenized: into <stage>/rejects-<what>-tokens.jsonl.
 
@@ -79,6 +86,11 @@ class RewardInputs:
     held_out: tuple[Comparison, ...] | tuple[Verdict, ...]
     sampling: Sampling  # of the SFT responses that the score's mean and spread are measured on
     adapter: Artifact | None = None  # brought by the user, to start from
+
+
+def member_suffixes(count: int) -> list[str]:
+    """What the names of an ensemble's members end in: nothing for the only one, else "-1", "-2" and so on."""
+    return [""] if count == 1 else [f"-{number}" for number in range(1, count + 1)]
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,8 @@ def run_pipeline(
     with occupied(run), _said_if_stopped(run, display, command):
         if "ppo" in steps:
             refuse_unfinished(run / "ppo", resume=resume, fresh=fresh, command=command)
-            source_identities(config.ppo.rewards)  # or a missing one would only be told after SFT and reward training
+        # Here, or a missing source would only be told after SFT and reward training
+        sources = source_identities(config.ppo.rewards) if "ppo" in steps else {}
         base_identity = resolve_base(config.base).identity
         data = {name: read_stage_data(config, name, run, display.note) for name in config.run.stages if name in steps}
         journal = Journal(config, run, base_identity)
@@ -76,7 +77,8 @@ def run_pipeline(
         with Cluster(config, run=run, import_root=import_root(), poll=watch.poll, command=command) as cluster:
             for step in steps:
                 stage_data = data["ppo" if step == "evaluation" else step]
-                prepared = prepare(step, config, stage_data, run=run, base_identity=base_identity, command=command)
+                artifacts = gather(step, config, run, base_identity=base_identity, command=command)
+                prepared = prepare(step, config, stage_data, artifacts, sources, base_identity=base_identity)
                 decision = decide(step, run / step, prepared.fingerprint, resume=resume, fresh=fresh, command=command)
                 if step == steps[0]:  # not before: a refused command leaves the config of what is there
                     (run / "config.yaml").write_text(dump(config), encoding="utf-8")
@@ -104,12 +106,17 @@ def run_folder(config: Config) -> Path:
 
 
 def prepare(
-    step: StepName, config: Config, data: StageData, *, run: Path, base_identity: str, command: str
+    step: StepName,
+    config: Config,
+    data: StageData,
+    artifacts: Mapping[str, Artifact | None],
+    sources: Mapping[str, str],
+    *,
+    base_identity: str,
 ) -> Prepared:
-    artifacts = gather(step, config, run, base_identity=base_identity, command=command)
     hashes = {name: artifact and artifact.content_hash for name, artifact in artifacts.items()}
     if step in ("ppo", "evaluation"):
-        hashes |= source_identities(config.ppo.rewards)
+        hashes |= {f"source.{name}": identity for name, identity in sources.items()}
     parts = parts_of_step(step, data, has_guard=config.ppo.guard.every is not None)
     return Prepared(artifacts, data, fingerprint(step, config, base_identity=base_identity, data=parts, inputs=hashes))
 

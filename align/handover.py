@@ -8,7 +8,15 @@ from typing import Any, cast
 
 from align.artifacts import MANIFEST, Artifact, read_artifact, read_json, sha256_of_file, sha256_of_json, write_json
 from align.config import Config
-from align.context import EvaluationInputs, PPOInputs, RewardInputs, RewardModelArtifacts, Sampling, SFTInputs
+from align.context import (
+    EvaluationInputs,
+    PPOInputs,
+    RewardInputs,
+    RewardModelArtifacts,
+    Sampling,
+    SFTInputs,
+    member_suffixes,
+)
 from align.errors import ArtifactError, UsageError
 from align.intake import StageData
 from data.records import Comparison, Demonstration, PlainText, Prompt
@@ -151,7 +159,7 @@ def gather(step: str, config: Config, run: Path, *, base_identity: str, command:
             raise UsageError(f"{step} needs the results of {stage}; first run: {command} --stage {stage}")
         finished.verify(base_identity)
         own = [artifact for artifact in finished.artifacts if artifact.kind == kind]
-        return {name: own[0]} if len(own) == 1 else {f"{name}-{n}": a for n, a in enumerate(own, start=1)}
+        return {f"{name}{suffix}": a for suffix, a in zip(member_suffixes(len(own)), own, strict=True)}
 
     def given(path: Path | None, key: str) -> Artifact | None:
         return path and brought(path, kind="adapter", key=key, base_identity=base_identity)

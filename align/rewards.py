@@ -1,6 +1,6 @@
 """What scores an episode: reward models on the resident base, classifiers and functions, weighted and summed."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,11 +8,12 @@ from torch import Tensor
 
 from align.adapters import AdaptedModel
 from align.config import RewardsConfig, RewardSourceConfig
-from align.context import RewardModelArtifacts
-from align.episodes import Episode, EpisodeBatch, score_pass
+from align.context import RewardModelArtifacts, member_suffixes
+from align.episodes import Episode, EpisodeBatch, collate, policy_pass, score_pass
 from align.errors import ArtifactError
 from align.heads import ScalarHead, ScoreStatistics, load_head
 from align.scorers import Classifier, RewardFunction
+from data.batching import length_sorted_batches
 from data.records import Message
 from data.tokenization import Codec, decode_response
 
@@ -49,11 +50,11 @@ class RewardSources:
         """Each source's own score (B,) by name."""
         return {source.name: source.score(batch, episodes) for source in self.sources}
 
-    def total(self, by_name: dict[str, Tensor]) -> Tensor:
+    def total(self, by_name: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of the scores as they are: (B,)."""
         return torch.stack([source.weight * by_name[source.name] for source in self.sources]).sum(0)
 
-    def standardized(self, by_name: dict[str, Tensor]) -> Tensor:
+    def standardized(self, by_name: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum, each source first by its own scale: (B,)."""
         terms = [s.weight * ((by_name[s.name] - s.scale.mean) / s.scale.std) for s in self.sources]
         return torch.stack(terms).sum(0)
@@ -81,6 +82,35 @@ def combine(scores_KB: Tensor, *, how: str, penalty: float) -> Tensor:
     return mean_B if how == "mean" else mean_B - penalty * scores_KB.std(0, unbiased=False)
 
 
+@torch.no_grad()
+def judge(
+    model: AdaptedModel,
+    episodes: Sequence[Episode],
+    sources: RewardSources,
+    *,
+    role: str,
+    reference: str,
+    temperature: float,
+    batch_size: int,
+    pad_id: int,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What each source says of episodes of `role`, by name, and their k1 to `reference` in nats a response: (N,) on the
+    CPU, in the order given."""
+    by_name = {source.name: torch.zeros(len(episodes)) for source in sources.sources}
+    kls_N = torch.zeros(len(episodes))
+    for group in length_sorted_batches([len(e.prompt_ids) + len(e.response_ids) for e in episodes], batch_size):
+        chosen = [episodes[i] for i in group]
+        batch = collate(chosen, pad_id=pad_id, device=model.device)
+        with model.role(role):
+            own_BT = policy_pass(model, batch, temperature=temperature).logprobs_BT
+        with model.role(reference):
+            ref_BT = policy_pass(model, batch, temperature=temperature).logprobs_BT
+        kls_N[group] = (own_BT - ref_BT).sum(-1).cpu()
+        for name, scores_B in sources.score(batch, chosen).items():
+            by_name[name][group] = scores_B.cpu()
+    return by_name, kls_N
+
+
 def load_reward_models(model: AdaptedModel, artifacts: Sequence[RewardModelArtifacts]) -> tuple[RewardModel, ...]:
     """Load each member's adapter, frozen: `reward`, or `reward-1` ... of an ensemble.
 
@@ -88,8 +118,8 @@ def load_reward_models(model: AdaptedModel, artifacts: Sequence[RewardModelArtif
         ArtifactError: a head is damaged, of another width, or without its statistics.
     """
     members = []
-    for number, own in enumerate(artifacts, start=1):
-        name = REWARD if len(artifacts) == 1 else f"{REWARD}-{number}"
+    for suffix, own in zip(member_suffixes(len(artifacts)), artifacts, strict=True):
+        name = f"{REWARD}{suffix}"
         model.load(name, own.adapter.path)
         head, scale = load_head(own.head.path, device=model.device)
         if head.weight.shape[1] != model.hidden_size:

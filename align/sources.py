@@ -7,6 +7,7 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 
 from align.artifacts import sha256_of_file, sha256_of_json
+from align.base import missing_files
 from align.config import RewardsConfig, RewardSourceConfig
 from align.errors import ConfigError, ModelError
 
@@ -36,7 +37,7 @@ def source_identity(source: RewardSourceConfig) -> str:
     folder = Path(source.model)
     if not folder.is_absolute():  # settings made every folder absolute
         return f"{source.model}@{source.revision or 'default'}"
-    missing = [name for name in ("config.json", "*.safetensors") if not any(folder.glob(name))]
+    missing = missing_files(folder)
     if missing:
         raise ModelError(
             f"ppo.rewards.sources: {folder} holds no {' and no '.join(missing)}; give a folder of a sequence classifier"

@@ -9,13 +9,12 @@ import torch
 from align.adapters import AdaptedModel
 from align.config import EvaluationConfig
 from align.context import EvaluationInputs, Sampling, StageContext, StageResult
-from align.episodes import Episode, collate, policy_pass
+from align.episodes import Episode
 from align.evaluation.gold import base_nll, gold_score
 from align.generation import generate
 from align.randomness import keyed_uniforms
-from align.rewards import RewardSources, load_reward_models, reward_sources, text_of
+from align.rewards import RewardSources, judge, load_reward_models, reward_sources, text_of
 from align.statistics import bootstrap_interval
-from data.batching import length_sorted_batches
 from data.tokenization import Codec, TokenizedPrompt, decode_response, encode_prompts
 
 _ROLES = {"sft": "sft", "ppo": "policy"}  # the report's name of a side, and its adapter
@@ -41,16 +40,13 @@ def run_evaluation(config: EvaluationConfig, inputs: EvaluationInputs, context: 
     length = inputs.sampling.max_prompt_length
     prompts, rejects = encode_prompts(codec, inputs.prompts[: config.prompts], max_prompt_length=length)
     account = context.set_aside("held_out", min(config.prompts, len(inputs.prompts)), rejects)
-    if inputs.sft is None:
-        model.add("sft", seed=context.seed)
-    else:
-        model.load("sft", inputs.sft.path)
+    context.load_sft(inputs.sft)
     model.load("policy", inputs.policy.path)
     members = load_reward_models(model, inputs.reward_models)
     sources = reward_sources(inputs.rewards, members, model, codec)
 
     asked = [prompt for prompt in prompts for _ in range(config.samples)]
-    judge = Judge(model, codec, sources, inputs.sampling, context.seed, has_gold=config.gold is not None)
+    examiner = Examiner(model, codec, sources, inputs.sampling, context.seed, has_gold=config.gold is not None)
     sides: dict[str, Answers] = {}
     for number, (side, role) in enumerate(_ROLES.items()):
 
@@ -58,7 +54,7 @@ def run_evaluation(config: EvaluationConfig, inputs: EvaluationInputs, context: 
             tracker.progress(number * total + done, len(_ROLES) * total, "answering held-out prompts")
 
         on_progress(0, len(asked))
-        sides[side] = answer(judge, role, asked, on_progress)
+        sides[side] = answer(examiner, role, asked, on_progress)
     metrics = compare(sides["sft"], sides["ppo"], samples=config.samples, seed=context.seed)
     metrics["samples"] = [
         {
@@ -72,7 +68,7 @@ def run_evaluation(config: EvaluationConfig, inputs: EvaluationInputs, context: 
 
 
 @dataclass(frozen=True)
-class Judge:
+class Examiner:
     """All that answers are drawn and judged with, the same for both sides."""
 
     model: AdaptedModel
@@ -84,32 +80,34 @@ class Judge:
 
 
 @torch.no_grad()
-def answer(judge: Judge, role: str, asked: list[TokenizedPrompt], on_progress: Callable[[int, int], None]) -> Answers:
+def answer(
+    examiner: Examiner, role: str, asked: list[TokenizedPrompt], on_progress: Callable[[int, int], None]
+) -> Answers:
     """One answer of `role` to each prompt, and what reference, reward sources, raw base and gold say of it."""
-    model, codec, sampling = judge.model, judge.codec, judge.sampling
+    model, codec, sampling = examiner.model, examiner.codec, examiner.sampling
     prompts = [prompt.ids for prompt in asked]
     numbers = list(range(len(prompts)))
-    uniforms = keyed_uniforms(judge.seed, "evaluation", 0, numbers, sampling.max_response_length)
+    uniforms = keyed_uniforms(examiner.seed, "evaluation", 0, numbers, sampling.max_response_length)
     with model.role(role):
         responses = generate(model, codec, prompts, sampling=sampling, uniforms_BT=uniforms, on_progress=on_progress)
-    scores, kls = [0.0] * len(prompts), [0.0] * len(prompts)
-    lengths = [len(p) + len(r.ids) for p, r in zip(prompts, responses, strict=True)]
-    for group in length_sorted_batches(lengths, sampling.batch_size):
-        episodes = [
-            Episode(prompts[i], responses[i].ids, responses[i].has_eos, prompt_text=text_of(asked[i].messages))
-            for i in group
-        ]
-        batch = collate(episodes, pad_id=codec.pad_id, device=model.device)
-        with model.role(role):
-            own_BT = policy_pass(model, batch, temperature=sampling.temperature).logprobs_BT
-        with model.role("sft"):
-            ref_BT = policy_pass(model, batch, temperature=sampling.temperature).logprobs_BT
-        scores_B = judge.sources.total(judge.sources.score(batch, episodes))
-        for i, kl, one in zip(group, (own_BT - ref_BT).sum(-1).tolist(), scores_B.tolist(), strict=True):
-            kls[i], scores[i] = kl, one
+    episodes = [
+        Episode(prompt.ids, r.ids, r.has_eos, prompt_text=text_of(prompt.messages))
+        for prompt, r in zip(asked, responses, strict=True)
+    ]
+    by_name, kls_N = judge(
+        model,
+        episodes,
+        examiner.sources,
+        role=role,
+        reference="sft",
+        temperature=sampling.temperature,
+        batch_size=sampling.batch_size,
+        pad_id=codec.pad_id,
+    )
+    scores, kls = examiner.sources.total(by_name).tolist(), kls_N.tolist()
     texts = [decode_response(codec, r.ids).strip() for r in responses]
     nlls = base_nll(model, codec, prompts, [r.ids for r in responses])
-    golds = [gold_score(text, nll) for text, nll in zip(texts, nlls, strict=True)] if judge.has_gold else []
+    golds = [gold_score(text, nll) for text, nll in zip(texts, nlls, strict=True)] if examiner.has_gold else []
     ended = [float(r.has_eos) for r in responses]
     return Answers(texts, scores, nlls, golds, kls, [float(len(r.ids)) for r in responses], ended)
 

@@ -4,15 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 
-import torch
 from torch import Tensor
 
 from align.adapters import AdaptedModel
 from align.config import GuardConfig
 from align.context import Sampling
-from align.episodes import Episode, collate, policy_pass
-from align.rewards import RewardSources
-from data.batching import length_sorted_batches
+from align.rewards import RewardSources, judge
 from data.tokenization import Codec, TokenizedPrompt
 from stages.ppo.actor_critic import ActorCritic
 from stages.ppo.rollout import POLICY, REFERENCE, generate_episodes
@@ -72,24 +69,20 @@ class Guard:
         self.best = best
 
 
-@torch.no_grad()
 def measure(model: AdaptedModel, held_out: HeldOut) -> tuple[float, float]:
     """The policy's mean standardised score, and its mean KL to the reference in nats a response."""
     codec, sampling = held_out.codec, held_out.sampling
-    episodes: list[Episode] = generate_episodes(
+    episodes = generate_episodes(
         model, codec, held_out.prompts, sampling=sampling, seed=held_out.seed, update=0, purpose="guard"
     )
-    scores: list[float] = []
-    kls: list[float] = []
-    lengths = [len(e.prompt_ids) + len(e.response_ids) for e in episodes]
-    for group in length_sorted_batches(lengths, held_out.micro_batch_size):
-        chosen = [episodes[i] for i in group]
-        batch = collate(chosen, pad_id=codec.pad_id, device=model.device)
-        with model.role(POLICY):
-            own_BT = policy_pass(model, batch, temperature=sampling.temperature).logprobs_BT
-        with model.role(REFERENCE):
-            ref_BT = policy_pass(model, batch, temperature=sampling.temperature).logprobs_BT
-        by_name = held_out.sources.score(batch, chosen)
-        scores += held_out.sources.standardized(by_name).tolist()
-        kls += (own_BT - ref_BT).sum(-1).tolist()
-    return fmean(scores), fmean(kls)
+    by_name, kls_N = judge(
+        model,
+        episodes,
+        held_out.sources,
+        role=POLICY,
+        reference=REFERENCE,
+        temperature=sampling.temperature,
+        batch_size=held_out.micro_batch_size,
+        pad_id=codec.pad_id,
+    )
+    return fmean(held_out.sources.standardized(by_name).tolist()), fmean(kls_N.tolist())

@@ -1,6 +1,6 @@
 """Learning from one rollout: advantages, then epochs × minibatches × micro-batches of the clipped objective."""
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,26 +88,30 @@ class Learner:
         Micro-batches are shuffled whole. A minibatch's loss is a mean over all of it, so its gradient is the same
         whatever the micro-batch size.
         """
-        config, num_micro_batches = self._config, len(lesson.rollout.micro_batches)
-        size = num_micro_batches // config.loss.minibatches
+        config = self._config
         moves_policy = update >= config.critic.warmup_updates or self._actor_critic.critic is None
         seen: list[dict[str, float]] = []
         first_ratio_error, stopped = 0.0, False
-        for epoch in range(config.loss.epochs):
-            order = permutation(self._seed, "minibatches", update, epoch, size=num_micro_batches)
-            for start in range(0, num_micro_batches, size):
-                number = (update * config.loss.epochs + epoch) * config.loss.minibatches + start // size
-                step = self._learn_minibatch(lesson, order[start : start + size], number, moves_policy=moves_policy)
-                if not seen:
-                    first_ratio_error = step["ratio_error"]
-                    _verify_first_ratio(first_ratio_error, self._model)
-                seen.append(step)
-                stopped = config.guard.target_kl is not None and step["policy/approxkl"] > config.guard.target_kl
-                if stopped:
-                    break
+        for number, minibatch in self._minibatches(len(lesson.rollout.micro_batches), update):
+            step = self._learn_minibatch(lesson, minibatch, number, moves_policy=moves_policy)
+            if not seen:
+                first_ratio_error = step["ratio_error"]
+                _verify_first_ratio(first_ratio_error, self._model)
+            seen.append(step)
+            stopped = config.guard.target_kl is not None and step["policy/approxkl"] > config.guard.target_kl
             if stopped:
                 break
         return _mean(seen) | {"policy/first_ratio_error": first_ratio_error, "policy/stopped": float(stopped)}
+
+    def _minibatches(self, num_micro_batches: int, update: int) -> Generator[tuple[int, list[int]]]:
+        """Each minibatch's number in the whole run, and its micro-batches, epoch after epoch."""
+        loss = self._config.loss
+        size = num_micro_batches // loss.minibatches
+        for epoch in range(loss.epochs):
+            order = permutation(self._seed, "minibatches", update, epoch, size=num_micro_batches)
+            first = (update * loss.epochs + epoch) * loss.minibatches
+            for i in range(loss.minibatches):
+                yield first + i, order[i * size : (i + 1) * size]
 
     def _learn_minibatch(
         self, lesson: Lesson, minibatch: list[int], number: int, *, moves_policy: bool

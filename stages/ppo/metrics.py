@@ -18,7 +18,7 @@ def describe(lesson: Lesson, shaped: Shaped, sources: RewardSources, *, has_crit
     rollout, mbs = lesson.rollout, lesson.rollout.micro_batches
     kl_B = torch.cat([objective.kl_k1(mb.logprobs_BT, mb.ref_logprobs_BT).sum(-1) for mb in mbs])
     k3_B = torch.cat([objective.kl_k3(mb.logprobs_BT, mb.ref_logprobs_BT).sum(-1) for mb in mbs])
-    scores_B = torch.cat([sources.total(dict(mb.scores)) for mb in mbs])
+    scores_B = torch.cat([sources.total(mb.scores) for mb in mbs])
     shaped_B = torch.cat(shaped.scores)
     lengths_B = torch.cat([mb.is_response_BT.sum(-1) for mb in mbs]).float()
     entropy_B = torch.cat([mb.entropy_BT.sum(-1) for mb in mbs])

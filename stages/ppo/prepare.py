@@ -47,7 +47,8 @@ def make_ready(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> P
     model = context.model
     codec = model.base.codec(context.system_prompt)
     rows = tokenize(config, inputs, codec, context)
-    members = load_frozen_roles(inputs, model, seed=context.seed)
+    context.load_sft(inputs.sft)
+    members = load_reward_models(model, inputs.reward_models)
     sources = reward_sources(config.rewards, members, model, codec)
     actor_critic = _make_actor_critic(config, members, model)
     sampling = Sampling.of(config.rollout)
@@ -81,15 +82,6 @@ def tokenize(config: PPOConfig, inputs: PPOInputs, codec: Codec, context: StageC
         account += context.set_aside("ptx", len(inputs.ptx), rejects)
         ptx = Texts(texts, codec.pad_id)
     return Rows(prompts, held_out, ptx, account)
-
-
-def load_frozen_roles(inputs: PPOInputs, model: AdaptedModel, *, seed: int) -> tuple[RewardModel, ...]:
-    """Load the reference and the reward models."""
-    if inputs.sft is None:
-        model.add(REFERENCE, seed=seed)  # zero: the reference is then the base itself, by the same code path
-    else:
-        model.load(REFERENCE, inputs.sft.path)
-    return load_reward_models(model, inputs.reward_models)
 
 
 def _make_actor_critic(config: PPOConfig, members: Sequence[RewardModel], model: AdaptedModel) -> ActorCritic:

@@ -35,7 +35,7 @@ class Shaper:
 
     def shape(self, rollout: Rollout) -> Shaped:
         if self._config.normalize == "running":
-            self._moments.add(torch.cat([self._sources.total(dict(mb.scores)) for mb in rollout.micro_batches]))
+            self._moments.add(torch.cat([self._sources.total(mb.scores) for mb in rollout.micro_batches]))
         scores = [self._shaped_scores(mb) for mb in rollout.micro_batches]
         in_reward = self.kl_coefficient if self._kl.place == "reward" else 0.0
         rewards = [
@@ -52,7 +52,7 @@ class Shaper:
         return Shaped(rewards, scores)
 
     def _shaped_scores(self, mb: MicroBatch) -> Tensor:
-        by_name = dict(mb.scores)
+        by_name = mb.scores
         is_running = self._config.normalize == "running"
         return objective.shaped_scores(
             self._sources.total(by_name) if is_running else self._sources.standardized(by_name),

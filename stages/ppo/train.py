@@ -100,12 +100,14 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
         if step % config.checkpoint_every == 0 and step < config.updates:
             _checkpoint(step, actor_critic, shaper, guard, kept, config, context)
 
+    kept_update = step
     if reason is not None:
+        kept_update = guard.best_update
         actor_critic.put_back(guard.best)
-        _log.warning("stopped after update %d: %s; kept: the policy after update %d", step, reason, guard.best_update)
+        _log.warning("stopped after update %d: %s; kept: the policy after update %d", step, reason, kept_update)
     tracker.progress(config.updates, config.updates, "done")
-    artifacts = actor_critic.save(context.folder, step=guard.best_update if reason else step)
-    ending = {"updates": step, "stopped": reason, "kept_update": guard.best_update if reason else step}
+    artifacts = actor_critic.save(context.folder, step=kept_update)
+    ending = {"updates": step, "stopped": reason, "kept_update": kept_update}
     return StageResult("ppo", artifacts, {**kept, **ending}, parts.rows.account)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from align.artifacts import Artifact, write_directory
 from align.config import RewardConfig
-from align.context import RewardInputs, StageContext, StageResult
+from align.context import RewardInputs, StageContext, StageResult, member_suffixes
 from align.episodes import Episode
 from align.errors import DataError
 from align.generation import generate
@@ -55,10 +55,7 @@ def run_reward(config: RewardConfig, inputs: RewardInputs, context: StageContext
     model, tracker = context.model, context.tracker
     codec = model.base.codec(context.system_prompt)
     evidence, account = tokenize(config, inputs, codec, context)
-    if inputs.sft is None:
-        model.add(SFT, seed=context.seed)
-    else:
-        model.load(SFT, inputs.sft.path)
+    context.load_sft(inputs.sft)
     members = add_members(config, inputs, context)
     trained = [train_member(member, evidence, config, codec, context) for member in members]
 
@@ -105,8 +102,7 @@ def add_members(config: RewardConfig, inputs: RewardInputs, context: StageContex
     """Each member's adapter, a copy of `sft` or of the one that was brought, and its head as drawn by its seed."""
     model = context.model
     members: list[Member] = []
-    for number in range(1, config.ensemble + 1):
-        suffix = f"-{number}" if config.ensemble > 1 else ""
+    for suffix in member_suffixes(config.ensemble):
         name = REWARD + suffix
         if inputs.adapter is None:
             model.add(name, copy_of=SFT)

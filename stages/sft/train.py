@@ -39,10 +39,7 @@ def run_sft(config: SFTConfig, inputs: SFTInputs, context: StageContext) -> Stag
     account = context.set_aside("train", len(inputs.train), train_rejects)
     account += context.set_aside("held_out", len(inputs.held_out), held_out_rejects)
 
-    if inputs.adapter is None:
-        model.add(SFT, seed=context.seed)
-    else:
-        model.load(SFT, inputs.adapter.path)
+    context.load_sft(inputs.adapter)
 
     def measure() -> float:
         return held_out_nll(
