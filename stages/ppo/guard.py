@@ -60,6 +60,11 @@ class Guard:
             return f"the held-out score was below its best for {self.looks_below} looks (ppo.guard.patience)"
         return None
 
+    def put_best_back(self, learner: ActorCritic) -> int:
+        """Returns the update after which the policy was at its best."""
+        learner.put_back(self.best)
+        return self.best_update
+
     def state(self) -> dict[str, float]:
         return {"best_score": self.best_score, "best_update": self.best_update, "looks_below": self.looks_below}
 

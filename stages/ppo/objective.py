@@ -67,30 +67,27 @@ class RunningMoments:
         variance = self.squares / self.count if self.count else 0.0
         return variance**0.5 or 1.0
 
+    def normalized(self, scores_B: Tensor) -> Tensor:
+        return (scores_B - self.mean) / self.std
+
 
 def shaped_scores(
     scores_B: Tensor,
     has_eos_B: Tensor,
     lengths_B: Tensor,
     *,
-    mean: float,
-    std: float,
     clip: float | None,
     missing_eos_penalty: float,
-    length_penalty: float,
-    max_response_length: int,
+    token_penalty: float,
 ) -> Tensor:
-    """(score − mean)/std, clipped to ±clip, less what a response without EOS and a long one cost: (B,).
+    """Normalised scores, clipped to ±clip, less what a response without EOS and each token cost: (B,).
 
-    Normalising by the reward model's own scale on SFT samples: Stiennon et al. 2020, sec. 3.4. The linear length
-    penalty: Singhal et al. 2023, sec. 4. Penalties come after the clip, so that they cannot be clipped away.
+    The linear length penalty: Singhal et al. 2023, sec. 4. Penalties come after the clip, so that they cannot be
+    clipped away.
     """
     assert scores_B.shape == has_eos_B.shape == lengths_B.shape, (scores_B.shape, has_eos_B.shape, lengths_B.shape)
-    shaped_B = (scores_B - mean) / std
-    if clip is not None:
-        shaped_B = shaped_B.clamp(-clip, clip)
-    shaped_B = shaped_B - length_penalty * lengths_B / max_response_length
-    return shaped_B - missing_eos_penalty * (~has_eos_B).float()
+    shaped_B = scores_B if clip is None else scores_B.clamp(-clip, clip)
+    return shaped_B - token_penalty * lengths_B - missing_eos_penalty * (~has_eos_B).float()
 
 
 def token_rewards(scores_B: Tensor, kl_BT: Tensor, is_response_BT: Tensor, *, kl_coefficient: float) -> Tensor:

@@ -52,18 +52,19 @@ class Shaper:
         return Shaped(rewards, scores)
 
     def _shaped_scores(self, mb: MicroBatch) -> Tensor:
-        by_name = mb.scores
-        is_running = self._config.normalize == "running"
+        """Normalised by all scores so far, or by the reward model's own scale (Stiennon et al. 2020, sec. 3.4)."""
+        config, by_name = self._config, mb.scores
+        if config.normalize == "running":
+            normalized_B = self._moments.normalized(self._sources.total(by_name))
+        else:
+            normalized_B = self._sources.standardized(by_name)
         return objective.shaped_scores(
-            self._sources.total(by_name) if is_running else self._sources.standardized(by_name),
+            normalized_B,
             mb.has_eos_B,
             mb.is_response_BT.sum(-1),
-            mean=self._moments.mean if is_running else 0.0,
-            std=self._moments.std if is_running else 1.0,
-            clip=self._config.clip,
-            missing_eos_penalty=self._config.missing_eos_penalty,
-            length_penalty=self._config.length_penalty,
-            max_response_length=self._max_response_length,
+            clip=config.clip,
+            missing_eos_penalty=config.missing_eos_penalty,
+            token_penalty=config.length_penalty / self._max_response_length,
         )
 
     def adapt(self, kl: float, *, num_episodes: int) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 
 from align.adapters import AdaptedModel
@@ -91,9 +92,7 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
         tracker.log(
             step, {"episode": step * len(episodes), **metrics, **learnt, "optimizer/learning_rate": rate, **looked}
         )
-        seconds = [after - before for before, after in pairwise([*clock, time.perf_counter()])]
-        names = ("seconds/generate", "seconds/score", "seconds/learn", "seconds/rest")
-        tracker.log_timing(step, dict(zip(names, seconds, strict=True)))
+        tracker.log_timing(step, _seconds([*clock, time.perf_counter()]))
         reason = guard.reason_to_stop(metrics["objective/kl"])
         if reason is not None:
             break
@@ -102,13 +101,17 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
 
     kept_update = step
     if reason is not None:
-        kept_update = guard.best_update
-        actor_critic.put_back(guard.best)
+        kept_update = guard.put_best_back(actor_critic)
         _log.warning("stopped after update %d: %s; kept: the policy after update %d", step, reason, kept_update)
     tracker.progress(config.updates, config.updates, "done")
     artifacts = actor_critic.save(context.folder, step=kept_update)
     ending = {"updates": step, "stopped": reason, "kept_update": kept_update}
     return StageResult("ppo", artifacts, {**kept, **ending}, parts.rows.account)
+
+
+def _seconds(clock: Sequence[float]) -> dict[str, float]:
+    names = ("seconds/generate", "seconds/score", "seconds/learn", "seconds/rest")
+    return {name: after - before for name, (before, after) in zip(names, pairwise(clock), strict=True)}
 
 
 def _checkpoint(

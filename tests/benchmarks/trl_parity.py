@@ -127,8 +127,8 @@ def _rollout_rows(t: dict[str, Tensor]) -> list[Row]:
     """Rewards to advantages. TRL's mask reaches one token past EOS; given it, our functions must say what TRL says."""
     mask_BT, mask_p1_BT = ~t["rollout/padding_mask"], ~t["rollout/padding_mask_p1"]
     shaped_B = objective.shaped_scores(
-        _raw_scores(t), t["rollout/contain_eos_token"], mask_BT.sum(-1), mean=0.0, std=1.0, clip=None,
-        missing_eos_penalty=SETTINGS.penalty, length_penalty=0.0, max_response_length=1,
+        _raw_scores(t), t["rollout/contain_eos_token"], mask_BT.sum(-1), clip=None,
+        missing_eos_penalty=SETTINGS.penalty, token_penalty=0.0,
     )  # fmt: skip
     rewards_BT, advantages_BT, returns_BT = _estimates(t, mask_p1_BT)
     whitened_BT = objective.whiten([advantages_BT], [mask_BT])[0] * bessel(mask_BT)

@@ -122,28 +122,28 @@ def test_running_moments_are_those_of_everything_seen() -> None:
     assert moments.count == 12
     assert moments.mean == pytest.approx(everything.mean().item())
     assert moments.std == pytest.approx(everything.std(unbiased=False).item())
+    normalized = moments.normalized(everything)
+    assert (normalized.mean().item(), normalized.std(unbiased=False).item()) == pytest.approx((0.0, 1.0), abs=1e-5)
 
 
 def test_running_moments_of_one_value_leave_scores_unscaled() -> None:
     moments = objective.RunningMoments()
     moments.add(torch.tensor([3.0, 3.0]))
     assert (moments.mean, moments.std) == (3.0, 1.0)
+    assert moments.normalized(torch.tensor([5.0])).tolist() == [2.0]
 
 
-def test_scores_are_normalised_then_clipped_then_penalised() -> None:
-    # mean 1, std 2: (2−1)/2 = 0.5; (41−1)/2 = 20 → 5; (−39−1)/2 = −20 → −5, and −5 − 1 without EOS: not clipped away.
-    # Length penalty 0.4 at 8 tokens: 2 → 0.1, 4 → 0.2, 8 → 0.4
-    scores_B, has_eos_B = torch.tensor([2.0, 41.0, -39.0]), torch.tensor([True, True, False])
+def test_scores_are_clipped_then_penalised() -> None:
+    # 20 → 5; −20 → −5, and −5 − 1 without EOS: not clipped away. 0.05 a token: 2 cost 0.1, 4 cost 0.2, 8 cost 0.4
+    scores_B, has_eos_B = torch.tensor([0.5, 20.0, -20.0]), torch.tensor([True, True, False])
     lengths_B = torch.tensor([2, 4, 8])
     shaped_B = objective.shaped_scores(
-        scores_B, has_eos_B, lengths_B, mean=1.0, std=2.0, clip=5.0, missing_eos_penalty=1.0, length_penalty=0.4,
-        max_response_length=8,
-    )  # fmt: skip
+        scores_B, has_eos_B, lengths_B, clip=5.0, missing_eos_penalty=1.0, token_penalty=0.05
+    )
     assert shaped_B.tolist() == pytest.approx([0.4, 4.8, -6.4])
     shaped_B = objective.shaped_scores(
-        scores_B, has_eos_B, lengths_B, mean=0.0, std=1.0, clip=None, missing_eos_penalty=0.0, length_penalty=0.0,
-        max_response_length=8,
-    )  # fmt: skip
+        scores_B, has_eos_B, lengths_B, clip=None, missing_eos_penalty=0.0, token_penalty=0.0
+    )
     assert shaped_B.tolist() == scores_B.tolist()
 
 
