@@ -24,7 +24,7 @@ from align.statistics import bootstrap_interval
 from tests.benchmarks.intervals import Interval
 from tests.benchmarks.overoptimisation_looks import SAMPLES, Look
 
-UPDATES, EVERY = 61, 4  # the last checkpoint is after update 60
+UPDATES, EVERY = 41, 4  # the last checkpoint is after update 40
 PRESSURE = [
     "ppo.kl.coefficient=0",
     "ppo.optimizer.learning_rate=2e-4",
