@@ -144,6 +144,68 @@ def status(
             print_view(state_view(state))
 
 
+@app.command()
+def ingest(
+    sources: Annotated[
+        list[str], typer.Argument(help="Files, quoted globs, hub:NAME or hub:NAME:SPLIT.", show_default=False)
+    ],
+    to: Annotated[Path, typer.Option(help="The data set's folder; it must not exist yet.", show_default=False)],
+    shape: Annotated[str | None, typer.Option("--format", help="What the rows are; found out if not given.")] = None,
+    columns: Annotated[
+        str | None, typer.Option("--map", help="For flat rows: prompt=COLUMN,chosen=COLUMN,rejected=COLUMN and so on.")
+    ] = None,
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="A fraction (0.05 if not given), or a source; may be given again.")
+    ] = None,
+    weight: Annotated[list[float] | None, typer.Option(help="Each source's share, in their order.")] = None,
+    near: Annotated[
+        float | None, typer.Option(min=0.5, max=1.0, help="Reject near duplicates from this similarity on, say 0.8.")
+    ] = None,
+    keep_ties: Annotated[bool, typer.Option("--keep-ties", help="Keep pairs of which neither is preferred.")] = False,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="As base.model: with --max-length, reject what a stage would set aside.")
+    ] = None,
+    max_length: Annotated[int | None, typer.Option(min=8, help="In tokens, as in the stage's config.")] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="As data.system_prompt; for token lengths.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the split.")] = 0,
+    engine: Annotated[Literal["local", "ray"], typer.Option(help="Processes here, or Ray Data.")] = "local",
+    address: Annotated[
+        str, typer.Option(help="Of the Ray cluster, as cluster.address; its nodes must share the folder of --to.")
+    ] = "local",
+    quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and the final table.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Turn raw data into a verified data set, with an account of every row."""
+    with _one_message():
+        _ours_only()
+        from align.ingest import IngestCall, run_ingest
+        from align.show import make_display, print_view
+
+        call = IngestCall(
+            sources=tuple(sources),
+            to=to,
+            shape=shape,
+            columns=columns,
+            held_out=tuple(held_out or ()),
+            weights=tuple(weight or ()),
+            near_threshold=near,
+            keep_ties=keep_ties,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            system_prompt=system_prompt,
+            seed=seed,
+            engine=engine,
+            address=address,
+        )
+        with redirect_stdout(sys.stderr if as_json else sys.stdout):
+            account, view = run_ingest(call, display=make_display(is_quiet=quiet))
+        if as_json:
+            print(json.dumps(account, indent=1))
+        else:
+            print_view(view)
+            print(f"data set: {to}")
+
+
 # The stages, imported where they run: in the worker. The driver itself never loads torch.
 
 

@@ -2,17 +2,21 @@
 
 import logging
 import os
+import pickle
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from align.config import BaseModelConfig, ClusterConfig, Config
 from align.errors import AlignError, PlacementError, WorkerError
+from align.installation import verify_worker
 from align.worker import Outcome, StageCall, Worker
 
+ItemT = TypeVar("ItemT")
+ResultT = TypeVar("ResultT")
 _OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray of our own: only the records pass through it
 _POLL_SECONDS = 0.3
 _SLOW_START = "timed out during startup"  # Ray's own limit, 30 s and fixed: one more try helps on a busy machine
@@ -111,7 +115,7 @@ class Cluster:
             AlignError: the worker's own, as it was raised there.
         """
         if self._worker is None:
-            self._connect()
+            self._is_ours = connect(self._config.cluster.address)
             self._worker = self._place()
             self._wait(self._worker.load.remote(), doing="loading the base model")
 
@@ -123,34 +127,6 @@ class Cluster:
             WorkerError: the worker died, or raised something else.
         """
         return self._wait(self._worker.run.remote(call), doing=call.step)
-
-    def _connect(self) -> None:
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        import ray
-
-        if ray.is_initialized():
-            return  # by whoever called us: theirs to choose, and to shut down
-        address = self._config.cluster.address
-        if address == "local" and is_in_ray_job():
-            address = "auto"
-        is_own = address == "local"
-        for attempt in (1, 2):
-            try:
-                ray.init(
-                    address=address,
-                    namespace="align",
-                    object_store_memory=_OBJECT_STORE_BYTES if is_own else None,  # a running cluster has its own
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                )
-                break
-            except Exception as error:  # Ray raises a bare one when its own node is slow to start
-                ray.shutdown()
-                if attempt == 1 and is_own and _SLOW_START in str(error):
-                    continue
-                raise PlacementError(_no_connection(address, error, is_own=is_own)) from error
-        self._is_ours = True
 
     def _place(self) -> Any:
         import ray
@@ -200,6 +176,80 @@ class Cluster:
         path = self._run / "error.txt"
         path.write_text(re.sub(r"\x1b\[[0-9;]*m", "", str(error)) + "\n", encoding="utf-8")
         return path
+
+
+def connect(address: str) -> bool:
+    """Whether the connection is ours to end; PlacementError if there is none."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        return False  # by whoever called us: theirs to choose, and to shut down
+    if address == "local" and is_in_ray_job():
+        address = "auto"
+    is_own = address == "local"
+    for attempt in (1, 2):
+        try:
+            ray.init(
+                address=address,
+                namespace="align",
+                object_store_memory=_OBJECT_STORE_BYTES if is_own else None,  # a running cluster has its own
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            break
+        except Exception as error:  # Ray raises a bare one when its own node is slow to start
+            ray.shutdown()
+            if attempt == 1 and is_own and _SLOW_START in str(error):
+                continue
+            raise PlacementError(_no_connection(address, error, is_own=is_own)) from error
+    return True
+
+
+def map_on_cluster(
+    function: Callable[[ItemT], ResultT], items: Sequence[ItemT], *, address: str, import_root: Path
+) -> Iterator[ResultT]:
+    """`function` of each item by Ray Data, wherever there is room; results as they come.
+
+    Raises:
+        PlacementError: there is no Ray.
+        AlignError: what `function` raised; WorkerError if it is none of ours, or a node was lost.
+    """
+    is_ours = connect(address)
+    import ray
+    from ray.data import DataContext
+    from ray.exceptions import RayError, RayTaskError
+
+    DataContext.get_current().enable_progress_bars = False
+    work = _Work(import_root, pickle.dumps(function), [pickle.dumps(item) for item in items])
+    try:
+        results = ray.data.range(len(items), override_num_blocks=len(items)).map(work)
+        for row in results.iter_rows():
+            yield pickle.loads(row["result"])
+    except RayTaskError as error:
+        cause = error.cause
+        if isinstance(cause, AlignError):
+            raise cause from None
+        raise WorkerError(f"failed on the cluster: {type(cause).__name__}: {cause}") from None
+    except RayError as error:
+        raise WorkerError(f"a node of the cluster was lost: {_condense(error)}. Run again.") from None
+    finally:
+        if is_ours:
+            ray.shutdown()
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Pickled twice, so that nothing of `data` is imported before our own packages are first on the path."""
+
+    import_root: Path
+    function: bytes
+    items: list[bytes]
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        verify_worker(self.import_root)
+        return {"result": pickle.dumps(pickle.loads(self.function)(pickle.loads(self.items[row["id"]])))}
 
 
 def _no_connection(address: str, error: Exception, *, is_own: bool) -> str:

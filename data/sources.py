@@ -1,25 +1,29 @@
-"""Raw rows out of files and hub data sets, and whole sources read into records with an account of every row."""
+"""Raw rows out of files, hub data sets and data sets of `align ingest`, and whole sources read into records with an
+account of every row."""
 
-import gzip
 import hashlib
 import json
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Generic, Literal, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar, cast, overload
 
+from align.artifacts import read_artifact, read_json, sha256_of_file
 from align.config import SourceConfig
 from align.errors import DataError
 from data.formats import FORMATS, parse_row, shorten
+from data.readers import Damage, count_rows, cut, decode, raw_rows
 from data.records import Account, Comparison, Demonstration, PlainText, Prompt, Record, RecordKind, Reject, Verdict
 
-Row = dict[str, object]
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+Row = Mapping[str, object]
 LabelledRow = tuple[str, Row | Reject]  # ("file.jsonl:12", the row)
 RecordT = TypeVar("RecordT", bound=Record, covariant=True)
 
-EXTENSIONS = (".jsonl", ".jsonl.gz", ".parquet")
+DATASET = "dataset.json"  # what `align ingest` leaves in a data set's folder
 _SAMPLES = Path(__file__).parent / "samples"
 _SAMPLES_PREFIX = "samples:"
 
@@ -47,9 +51,8 @@ def read_records(source: SourceConfig, kind: Literal["prompt"]) -> Reading[Promp
 def read_records(source: SourceConfig, kind: RecordKind) -> Reading[Record]:
     """The whole source as records of `kind`. DataError if it cannot be read, has no row, or has no row that fits."""
     if source.path is not None:
-        path = resolve_path(source.path)
-        where, digest = str(path), _file_digest(path)
-        rows: Iterable[LabelledRow] = iterate_rows(path, limit=source.limit)
+        where, digest = str(source.path), _digest(source, kind)
+        rows: Iterable[LabelledRow] = iterate_rows(source.path, limit=source.limit, split=source.split)
     else:
         hub_rows = _load_hub_rows(source)
         rows, where, digest = hub_rows, f"hub data set {source.hub}", _rows_digest(hub_rows)
@@ -66,10 +69,9 @@ def peek(source: SourceConfig, kind: RecordKind, rows: int = 20) -> Account | No
     """
     if source.path is None:
         return None
-    path = resolve_path(source.path)
     limit = rows if source.limit is None else min(rows, source.limit)
-    records, rejects, first = _parse(iterate_rows(path, limit=limit), kind)
-    return _checked_account(records, rejects, first, where=str(path), kind=kind)
+    records, rejects, first = _parse(iterate_rows(source.path, limit=limit, split=source.split), kind)
+    return _checked_account(records, rejects, first, where=str(source.path), kind=kind)
 
 
 def resolve_path(path: Path) -> Path:
@@ -81,64 +83,51 @@ def resolve_path(path: Path) -> Path:
     sample = _SAMPLES / str(path).removeprefix(_SAMPLES_PREFIX)
     if not sample.is_file():
         files = sorted(file.relative_to(_SAMPLES).as_posix() for file in _SAMPLES.rglob("*"))
-        known = ", ".join(_SAMPLES_PREFIX + name for name in files if name.endswith(EXTENSIONS))
+        known = ", ".join(_SAMPLES_PREFIX + name for name in files if not name.endswith((".md", ".py")))
         raise DataError(f"no sample {path}; the samples are: {known or 'none'}")
     return sample
 
 
-def iterate_rows(path: Path, *, limit: int | None) -> Iterator[LabelledRow]:
-    """The first `limit` rows of a file, each with its source label; a line that is no JSON object is a Reject.
+def iterate_rows(path: Path, *, limit: int | None, split: str = "train") -> Iterator[LabelledRow]:
+    """The first `limit` rows, each with its source label; a line that is no JSON object is a Reject.
 
-    Blank lines are no rows. DataError if the file is missing, of an unknown kind, or damaged beyond one line.
+    Of a data set of `align ingest`, those of `split`, with the labels that they had in its sources. DataError if the
+    file is missing, of an unknown kind, or damaged beyond one line.
     """
-    path = resolve_path(path)
-    if path.name.endswith(".parquet"):
-        rows = _iterate_parquet(path)
-    elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        rows = _iterate_jsonl(path)
-    else:
-        raise DataError(f"{path}: unknown kind of file; known are {', '.join(EXTENSIONS)}")
-    return islice(rows, limit)
+    files = dataset_files(path, split) if is_dataset(path) else [resolve_path(path)]
+    return islice((row for file in files for row in _rows_of(file)), limit)
 
 
-def _iterate_jsonl(path: Path) -> Iterator[LabelledRow]:
-    number = 0
-    try:
-        with gzip.open(path) if path.name.endswith(".gz") else path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                content = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-                if content.strip():
-                    label = f"{path.name}:{number}"
-                    yield label, _decode_line(content, label)
-    except (EOFError, OSError, zlib.error) as error:
-        raise DataError(f"{path} is damaged or cut short: {error}; the last line read is {number}") from error
+def _rows_of(path: Path) -> Iterator[LabelledRow]:
+    before = 0
+    for chunk in cut(path):
+        for raw in raw_rows(chunk):
+            row, number = decode(raw), before + raw.line
+            label = f"{path.name}:{'row ' if path.name.endswith('.parquet') else ''}{number}"
+            if not isinstance(row, Damage):
+                yield label, row
+            elif row.ends_file:
+                raise DataError(f"{path}: {row.detail} (at {label})")
+            else:
+                yield label, Reject(label, "malformed", "", shorten(row.detail))
+        before += count_rows(chunk)
 
 
-def _decode_line(line: bytes, label: str) -> Row | Reject:
-    try:
-        row: object = json.loads(line.decode())
-    except (ValueError, RecursionError) as error:  # ValueError covers JSON, UTF-8 and over-long integers
-        return Reject(label, "malformed", "", shorten(f"{error}: {line[:40]!r}"))
-    return cast(Row, row) if isinstance(row, dict) else Reject(label, "malformed", "", f"no object: {shorten(row)}")
+def is_dataset(path: Path) -> bool:
+    return (path / DATASET).is_file()
 
 
-def _iterate_parquet(path: Path) -> Iterator[LabelledRow]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                for row in cast(list[Row], batch.to_pylist()):
-                    number += 1
-                    yield f"{path.name}:row {number}", row
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path} is damaged: {error}; the last row read is {number}") from error
+def dataset_files(path: Path, split: str) -> list[Path]:
+    """The shards of a split, in order. DataError if there is none."""
+    files = sorted(path.glob(f"{split}-*.parquet"))
+    if not files:
+        raise DataError(f"{path} has no split {split}; it was made with --held-out 0, or all its rows are in the other")
+    return files
 
 
-def _load_hub_rows(source: SourceConfig) -> list[LabelledRow]:
-    from datasets import load_dataset
+def load_hub(source: SourceConfig) -> "Dataset":
+    """DataError if it cannot be loaded: says what was asked for, and what to do."""
+    from datasets import Dataset, load_dataset
     from datasets.exceptions import DatasetsError
 
     hub = str(source.hub)
@@ -152,8 +141,12 @@ def _load_hub_rows(source: SourceConfig) -> list[LabelledRow]:
         raise DataError(f"there is no {name}: {error}; check hub and revision (a private one needs a login)") from error
     except (ValueError, OSError, DatasetsError) as error:
         raise DataError(f"cannot load {name}: {error}; check subset, split and revision") from error
-    rows = cast(Iterable[Row], loaded)
-    return [(f"{hub}/{source.split}:row {n}", row) for n, row in enumerate(islice(rows, source.limit), start=1)]
+    return cast(Dataset, loaded)
+
+
+def _load_hub_rows(source: SourceConfig) -> list[LabelledRow]:
+    rows = cast(Iterable[Row], load_hub(source))
+    return [(f"{source.hub}/{source.split}:row {n}", row) for n, row in enumerate(islice(rows, source.limit), start=1)]
 
 
 def _parse(rows: Iterable[LabelledRow], kind: RecordKind) -> tuple[list[Record], list[Reject], Row]:
@@ -188,9 +181,15 @@ def _checked_account(
     return Account.of(len(records) + len(rejects), rejects)
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _digest(source: SourceConfig, kind: RecordKind) -> str:
+    """Of a file its SHA-256; of a data set, which is verified, that of its manifest."""
+    assert source.path is not None
+    if not is_dataset(source.path):
+        return sha256_of_file(resolve_path(source.path))
+    made = cast(Mapping[str, object], read_json(source.path / DATASET))["kind"]
+    if made != kind:
+        raise DataError(f"{source.path} is a {made} data set, where a {kind} one is needed")
+    return f"{read_artifact(source.path).content_hash} {source.split}"
 
 
 def _rows_digest(rows: Iterable[LabelledRow]) -> str:

@@ -1,0 +1,125 @@
+"""What goes in: files and hub data sets, the shape that the rows of each are read as, the pieces they are cut into."""
+
+import glob
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from align.config import SourceConfig
+from align.errors import DataError, UsageError
+from data.formats import UnfitError
+from data.ingestion.rules import SourceFile, TokenRule
+from data.ingestion.shapes import SHAPES, Row, Shape, detect, mapped
+from data.ingestion.sift import Piece
+from data.readers import Chunk, Damage, cut, decode, raw_rows
+from data.records import RecordKind
+from data.sources import load_hub
+
+DETECTION_ROWS = 100
+_HUB = "hub:"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `align ingest` was asked for."""
+
+    sources: tuple[str, ...]  # files, globs, or hub:NAME[:SPLIT]
+    held_out: tuple[str, ...] = ()  # likewise; held out in place of a fraction
+    shape: str | None = None  # none: found out from the first rows of each file
+    columns: tuple[tuple[str, str], ...] = ()  # of --map: (ours, theirs)
+    held_out_fraction: float = 0.05
+    seed: int = 0
+    keep_ties: bool = False
+    near_threshold: float | None = None
+    weights: tuple[float, ...] = ()
+    tokens: TokenRule | None = None
+
+    def check(self) -> None:
+        """UsageError if the settings do not fit together."""
+        if self.shape is not None and self.columns:
+            raise UsageError("--format names a known shape, --map describes one: give one of them")
+        if self.shape is not None and self.shape not in SHAPES:
+            raise UsageError(f"--format {self.shape}: known are {', '.join(SHAPES)}")
+        if self.weights and (len(self.weights) != len(self.sources) or min(self.weights) <= 0):
+            given = ", ".join(f"{weight:g}" for weight in self.weights)
+            raise UsageError(f"--weight: give one above 0 for each of the {len(self.sources)} sources, not {given}")
+        if self.weights and self.held_out:
+            raise UsageError("--weight draws shares of sources, and --held-out names sources that have none: give one")
+
+
+def find_pieces(asked: Asked, scratch: Path, note: Callable[[str], None]) -> list[Piece]:
+    """In the order of the sources as given, of a glob's files by name."""
+    asked.check()
+    forced = SHAPES[asked.shape] if asked.shape else None
+    if asked.columns:
+        forced = mapped(dict(asked.columns), where="--map")
+    named = [(n, False, source) for n, source in enumerate(asked.sources)]
+    named += [(len(asked.sources) + n, True, source) for n, source in enumerate(asked.held_out)]
+    pieces: list[Piece] = []
+    for number, is_held_out, source in named:
+        for name, path in _files(source, scratch):
+            chunks = cut(path)
+            if not chunks:
+                note(f"warning: {name} is empty")
+            file = SourceFile(name, number, forced or _detect(name, chunks), is_held_out)
+            note(f"{name}: {file.shape.name}")
+            pieces += [Piece(len(pieces) + n, file, chunk, scratch) for n, chunk in enumerate(chunks)]
+    if not pieces:
+        raise DataError("all sources are empty")
+    return _of_one_kind(pieces)
+
+
+def describe(asked: Asked, kind: RecordKind, pieces: Sequence[Piece]) -> dict[str, object]:
+    """What dataset.json says beside the numbers."""
+    return {
+        "kind": kind,
+        "shapes": {piece.source.name: piece.source.shape.name for piece in pieces},
+        "settings": {
+            "held_out": list(asked.held_out) or asked.held_out_fraction,
+            "seed": asked.seed,
+            "keep_ties": asked.keep_ties,
+            "near_threshold": asked.near_threshold,
+            "weights": dict(zip(asked.sources, asked.weights, strict=False)),
+            "map": dict(asked.columns),
+            "tokens": {"max_length": asked.tokens.max_length, **asked.tokens.told} if asked.tokens else None,
+        },
+    }
+
+
+def _files(source: str, scratch: Path) -> list[tuple[str, Path]]:
+    """(name, path) of each file that a source stands for."""
+    if source.startswith(_HUB):
+        hub, _, split = source.removeprefix(_HUB).partition(":")
+        path = scratch / f"{hub.replace('/', '-')}-{split or 'train'}.parquet"
+        load_hub(SourceConfig(hub=hub, split=split or "train")).to_parquet(str(path))
+        return [(source, path)]
+    if Path(source).exists() or not glob.has_magic(source):
+        return [(source, Path(source))]
+    found = [(name, Path(name)) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]
+    if not found:
+        raise DataError(f"no file matches {source}")
+    return found
+
+
+def _detect(name: str, chunks: Sequence[Chunk]) -> Shape:
+    decoded = (decode(raw) for chunk in chunks[:1] for raw in raw_rows(chunk))
+    rows = list(islice((row for row in decoded if not isinstance(row, Damage)), DETECTION_ROWS))
+    return detect(rows, where=name) if rows else _NO_SHAPE
+
+
+def _unfit(row: Row) -> list[dict[str, object]]:
+    raise UnfitError("malformed", "", "the file's first rows are none that can be read")
+
+
+# Of a file whose first rows cannot be read at all: what of it can be is no ground to guess on. The kind is a dummy's.
+_NO_SHAPE = Shape("none", "comparison", "", lambda row: False, _unfit)
+
+
+def _of_one_kind(pieces: Sequence[Piece]) -> list[Piece]:
+    known = [piece for piece in pieces if piece.source.shape.name != _NO_SHAPE.name]
+    kinds = {piece.source.shape.kind: piece.source.name for piece in reversed(known)}
+    if len(kinds) > 1:
+        told = "; ".join(f"{name} holds {kind}s" for kind, name in kinds.items())
+        raise DataError(f"a data set is of one kind: {told}. Ingest them into data sets of their own")
+    return [*pieces] if not known else sorted(pieces, key=lambda piece: piece.number)

@@ -1,0 +1,100 @@
+"""`ingest`: sources are found and cut into pieces, each piece is sifted, the whole is decided, the data set written."""
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+from align.artifacts import Artifact, write_directory
+from align.errors import ArtifactError, DataError, UsageError
+from data.ingestion.decide import decide
+from data.ingestion.find import Asked, describe, find_pieces
+from data.ingestion.rules import RowRules, SetRules
+from data.ingestion.sift import Piece, Sifted, sift
+from data.ingestion.write import OnProgress, Tally, write_rows, write_words
+
+Sift = Callable[[Piece], Sifted]
+Engine = Callable[[Sift, Sequence[Piece]], Iterable[Sifted]]  # results in any order
+
+
+@dataclass(frozen=True)
+class Ingested:
+    dataset: Artifact
+    account: dict[str, object]  # as in account.json
+
+
+def ingest(asked: Asked, to: Path, *, engine: Engine, note: Callable[[str], None], on_progress: OnProgress) -> Ingested:
+    """Make the data set at `to`: whole, or not at all.
+
+    Raises:
+        DataError: a source cannot be found, is of no known kind or shape, or no row is fit.
+        UsageError: there is something at `to` already, or the settings do not fit together.
+        ArtifactError: the disk is full, or `to` cannot be written.
+    """
+    if to.exists():
+        raise UsageError(f"{to} is there already: ingest into another folder, or remove it first")
+    _clear_what_the_dead_left(to)
+    scratch = to.with_name(f".{to.name}.{os.getpid()}.scratch")
+    scratch.mkdir(parents=True)
+    try:
+        pieces = find_pieces(asked, scratch, note)
+        is_near_wanted = asked.near_threshold is not None
+        rules = RowRules(pieces[0].source.shape.kind, asked.seed, asked.keep_ties, asked.tokens, is_near_wanted)
+        sifted: list[Sifted] = []
+        for one in engine(partial(sift, rules=rules), pieces):
+            sifted.append(one)
+            on_progress("reading", len(sifted), len(pieces))
+        sifted.sort(key=lambda one: one.piece.number)
+        on_progress("comparing", 0, 1)
+        fraction = 0.0 if asked.held_out else asked.held_out_fraction
+        decisions = decide(pieces, SetRules(fraction, asked.near_threshold, asked.weights))
+        found: list[dict[str, object]] = []
+
+        def fill(folder: Path) -> None:
+            tally = write_rows(folder, rules.kind, sifted, decisions, on_progress)
+            if not tally.kept.total():
+                raise DataError(f"no row is fit; {_reasons(tally)}")
+            found.append(write_words(folder, tally, describe(asked, rules.kind, pieces)))
+
+        dataset = write_directory(to, fill, kind="dataset", stage="ingest", step=0, base_identity="")
+        return Ingested(dataset, found[0])
+    except OSError as error:
+        raise ArtifactError(f"cannot write beside {to}: {error}; free space, or choose another folder") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _reasons(tally: Tally) -> str:
+    counts = sum(tally.rejected.values(), Counter[str]())
+    told = ", ".join(f"{reason} {count:,}" for reason, count in counts.most_common())
+    return f"rejected of {counts.total():,}: {told or 'none, all sources are empty'}. The first: {tally.first}"
+
+
+def _clear_what_the_dead_left(to: Path) -> None:
+    """A killed process leaves its folders behind; that of one that still runs is its own."""
+    for left in to.parent.glob(f".{to.name}.*"):
+        number = left.name.removeprefix(f".{to.name}.").split(".")[0]
+        if number.isdigit() and not Path(f"/proc/{number}").exists():
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def local_engine(processes: int) -> Engine:
+    """Processes on this machine; none are started for a single piece."""
+
+    def execute(function: Sift, pieces: Sequence[Piece]) -> Iterator[Sifted]:
+        if min(processes, len(pieces)) <= 1:
+            yield from map(function, pieces)
+            return
+        with ProcessPoolExecutor(min(processes, len(pieces)), mp_context=get_context("spawn")) as pool:
+            try:
+                yield from pool.map(function, pieces)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    return execute

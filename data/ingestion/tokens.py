@@ -1,0 +1,54 @@
+"""Rows whose tokens would not fit where they are to be trained on. Asked only where bytes cannot tell."""
+
+from functools import cache
+
+from data.ingestion.rules import TokenRule
+from data.records import Comparison, Demonstration, PlainText, Prompt, Record, Reject, Verdict
+from data.tokenization import Codec, encode_comparisons, encode_demonstrations, encode_prompts, encode_verdicts
+
+_BYTES_PER_TURN = 64  # more than any template known writes around a turn
+_load = cache(lambda rule: rule.load_codec())  # one tokenizer a process
+
+
+class TokenGate:
+    """The very functions that the stages tokenize with say what would be set aside."""
+
+    def __init__(self, rule: TokenRule) -> None:
+        self._codec: Codec = _load(rule)
+        self._max_length = rule.max_length
+        tokenizer = self._codec.tokenizer
+        self._ends = tuple(str(tokenizer.convert_ids_to_tokens(eos_id)) for eos_id in self._codec.eos_ids)
+
+    def reject(self, record: Record) -> Reject | None:
+        if self._fits_surely(record):
+            return None
+        codec, length = self._codec, self._max_length
+        match record:
+            case Comparison():
+                _, rejects = encode_comparisons(codec, [record], max_length=length)
+            case Verdict():
+                _, rejects = encode_verdicts(codec, [record], max_length=length)
+            case Prompt():
+                _, rejects = encode_prompts(codec, [record], max_prompt_length=length)
+            case Demonstration() | PlainText():
+                _, rejects = encode_demonstrations(codec, [record], max_length=length)
+        return rejects[0] if rejects else None
+
+    def _fits_surely(self, record: Record) -> bool:
+        """No token is shorter than a byte. A text that spells out an end token is looked at in any case."""
+        match record:
+            case Comparison():
+                texts = [record.chosen, record.rejected]
+            case Verdict():
+                texts = [record.response]
+            case Demonstration(messages):  # cut from the left, so that the last answer decides
+                texts = [message.content for message in messages if message.role == "assistant"][::-1]
+            case Prompt(messages):
+                text = "".join([self._codec.system_prompt or "", *(message.content for message in messages)])
+                return len(text.encode()) + _BYTES_PER_TURN * (len(messages) + 2) < self._max_length
+            case PlainText():
+                return True  # cut into as many rows as it needs
+        if any(end in text for end in self._ends for text in texts):
+            return False
+        counted = texts[:1] if isinstance(record, Demonstration) else texts
+        return max(len(text.encode()) for text in counted) + _BYTES_PER_TURN < self._max_length
