@@ -9,10 +9,10 @@ from align.base import missing_files
 from align.config import BaseModelConfig, Config, SourceConfig
 from align.errors import AlignError
 from align.handover import brought, brought_head
-from align.intake import StageKind, kind_of
+from align.intake import StageKind, held_out_of, kind_of
 from align.sources import source_identity
 from data.rejects import describe
-from data.sources import peek, resolve_path
+from data.sources import is_dataset, peek, resolve_path
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,7 @@ def _check_sources(config: Config) -> Iterator[Finding]:
 def _check_data(config: Config) -> Iterator[Finding]:
     for stage in config.run.stages:
         section = getattr(config.data, stage)
-        for side in ("train", "held_out"):
-            source: SourceConfig | None = getattr(section, side)
+        for side, source in (("train", section.train), ("held_out", held_out_of(section))):
             if source is not None:
                 yield _check_source(f"data.{stage}.{side}", source, kind_of(config, stage))
     if config.data.ptx is not None:
@@ -95,6 +94,6 @@ def _check_source(what: str, source: SourceConfig, kind: StageKind) -> Finding:
     def look() -> str:
         account = peek(source, kind)
         assert account is not None  # only for hub sources
-        return f"{resolve_path(path)}: first rows: {describe(account)}"
+        return f"{path if is_dataset(path) else resolve_path(path)}: first rows: {describe(account)}"
 
     return _found(what, look)

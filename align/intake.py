@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
 
-from align.config import Config, SourceConfig, StageName
+from align.config import Config, DatasetConfig, SourceConfig, StageName
 from align.errors import ConfigError
 from data.records import Account, Comparison, Demonstration, PlainText, Prompt, Verdict
 from data.rejects import check_rate, describe, write_rejects
-from data.sources import Reading, read_records
+from data.sources import Reading, has_split, read_records
 from data.splits import shared_prompts, split_by_prompt
 
 StageRecord = Demonstration | PlainText | Comparison | Verdict | Prompt
@@ -34,19 +34,28 @@ def kind_of(config: Config, stage: StageName) -> StageKind:
     return "demonstration" if stage == "sft" else "prompt"
 
 
+def held_out_of(section: DatasetConfig) -> SourceConfig | None:
+    """The held-out source: the one given, or the other split of a data set of `align ingest`."""
+    train = section.train
+    if section.held_out is None and train.path is not None and has_split(train.path, "held_out"):
+        return train.model_copy(update={"split": "held_out", "limit": None})
+    return section.held_out
+
+
 def read_stage_data(config: Config, stage: StageName, run: Path, note: Callable[[str], None]) -> StageData:
     """Both sides of a stage's data. Rejected rows go to `<run>/<stage>/rejects.jsonl`.
 
     Raises:
         DataError: a source cannot be read, or too many of its rows do not fit.
     """
-    section = getattr(config.data, stage)
+    section: DatasetConfig | None = getattr(config.data, stage)
     key = f"data.{stage}"
     if section is None:
         raise ConfigError(f"{key}: is missing; {stage} needs it")
     sources: dict[str, SourceConfig] = {f"{key}.train": section.train}
-    if section.held_out is not None:
-        sources[f"{key}.held_out"] = section.held_out
+    held_out_source = held_out_of(section)
+    if held_out_source is not None:
+        sources[f"{key}.held_out"] = held_out_source
     readings: dict[str, Reading[StageRecord]] = {
         name: read_records(source, kind_of(config, stage)) for name, source in sources.items()
     }
@@ -60,7 +69,7 @@ def read_stage_data(config: Config, stage: StageName, run: Path, note: Callable[
         check_rate(reading.account, reading.rejects, max_rate=limit, what=name, rejects_path=rejects_path)
     parts: dict[str, object] = {name: reading.content_hash for name, reading in readings.items()}
     train, held_out = readings[f"{key}.train"].records, ()
-    if section.held_out is None:
+    if held_out_source is None:
         fraction = section.held_out_fraction
         train, held_out = split_by_prompt(train, held_out_fraction=fraction, seed=config.run.seed)
         parts[f"{key}.held_out_fraction"] = fraction

@@ -66,11 +66,19 @@ def kind_of_file(path: Path) -> str:
     )
 
 
+def require_file(path: Path) -> Path:
+    """DataError if there is none."""
+    if not path.is_file():
+        is_folder = path.is_dir()
+        reason = "it is a folder, and no data set of align ingest" if is_folder else "it does not exist"
+        raise DataError(f"no data file {path}: {reason}")
+    return path
+
+
 def cut(path: Path, chunk_bytes: int = CHUNK_BYTES) -> list[Chunk]:
     """The file's chunks, in order. DataError if it is missing, of no known kind, or no Parquet file."""
+    require_file(path)
     kind = kind_of_file(path)
-    if not path.is_file():
-        raise DataError(f"no data file {path}: {'it is a folder' if path.is_dir() else 'it does not exist'}")
     size = path.stat().st_size
     if kind == ".parquet":
         return [Chunk(path, start, end) for start, end in _row_groups(path, chunk_bytes)]
@@ -131,7 +139,7 @@ def _open(path: Path) -> IO[bytes]:
     if path.name.lower().endswith(".gz"):
         return cast(IO[bytes], gzip.open(path))
     if path.name.lower().endswith(".zst"):
-        return cast(IO[bytes], BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")))  # pyright: ignore[reportArgumentType]
+        return cast(IO[bytes], BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path), "rb"), "zstd")))  # pyright: ignore[reportArgumentType]
     return path.open("rb")
 
 
@@ -236,7 +244,7 @@ def _parquet_rows(chunk: Chunk) -> Iterator[RawRow]:
     number = 0
     try:
         with pq.ParquetFile(chunk.path) as file:
-            for batch in file.iter_batches(batch_size=1024, row_groups=range(chunk.start, chunk.end)):
+            for batch in file.iter_batches(batch_size=1024, row_groups=[*range(chunk.start, chunk.end)]):
                 for row in cast(list[Row], batch.to_pylist()):
                     number += 1
                     yield RawRow(number, row)

@@ -13,7 +13,7 @@ from align.artifacts import read_artifact, read_json, sha256_of_file
 from align.config import SourceConfig
 from align.errors import DataError
 from data.formats import FORMATS, parse_row, shorten
-from data.readers import Damage, count_rows, cut, decode, raw_rows
+from data.readers import Damage, count_rows, cut, decode, raw_rows, require_file
 from data.records import Account, Comparison, Demonstration, PlainText, Prompt, Record, RecordKind, Reject, Verdict
 
 if TYPE_CHECKING:
@@ -30,7 +30,8 @@ _SAMPLES_PREFIX = "samples:"
 
 @dataclass(frozen=True)
 class Reading(Generic[RecordT]):
-    """A source, read. `content_hash` is the SHA-256 of the file's bytes (hub: of the rows) and the limit."""
+    """A source, read. `content_hash` is the SHA-256 of the file's bytes (hub: of the rows; a data set: of its files'
+    hashes, with the split beside it), and says what the limit was."""
 
     records: tuple[RecordT, ...]
     rejects: tuple[Reject, ...]
@@ -58,7 +59,7 @@ def read_records(source: SourceConfig, kind: RecordKind) -> Reading[Record]:
         rows, where, digest = hub_rows, f"hub data set {source.hub}", _rows_digest(hub_rows)
     records, rejects, first = _parse(rows, kind)
     account = _checked_account(records, rejects, first, where=where, kind=kind)
-    content_hash = hashlib.sha256(f"{digest} limit={source.limit}".encode()).hexdigest()
+    content_hash = digest if source.limit is None else f"{digest}, the first {source.limit} rows"
     return Reading(tuple(records), tuple(rejects), account, content_hash)
 
 
@@ -77,12 +78,10 @@ def peek(source: SourceConfig, kind: RecordKind, rows: int = 20) -> Account | No
 def resolve_path(path: Path) -> Path:
     """`path` itself, or the file of our own that `samples:NAME` names. DataError if there is none."""
     if not str(path).startswith(_SAMPLES_PREFIX):
-        if not path.is_file():
-            raise DataError(f"no data file {path}: {'it is a folder' if path.is_dir() else 'it does not exist'}")
-        return path
+        return require_file(path)
     sample = _SAMPLES / str(path).removeprefix(_SAMPLES_PREFIX)
     if not sample.is_file():
-        files = sorted(file.relative_to(_SAMPLES).as_posix() for file in _SAMPLES.rglob("*"))
+        files = sorted(file.relative_to(_SAMPLES).as_posix() for file in _SAMPLES.rglob("*.*"))
         known = ", ".join(_SAMPLES_PREFIX + name for name in files if not name.endswith((".md", ".py")))
         raise DataError(f"no sample {path}; the samples are: {known or 'none'}")
     return sample
@@ -107,7 +106,7 @@ def _rows_of(path: Path) -> Iterator[LabelledRow]:
             if not isinstance(row, Damage):
                 yield label, row
             elif row.ends_file:
-                raise DataError(f"{path}: {row.detail} (at {label})")
+                raise DataError(f"{path}:{number}: {row.detail}")
             else:
                 yield label, Reject(label, "malformed", "", shorten(row.detail))
         before += count_rows(chunk)
@@ -115,6 +114,10 @@ def _rows_of(path: Path) -> Iterator[LabelledRow]:
 
 def is_dataset(path: Path) -> bool:
     return (path / DATASET).is_file()
+
+
+def has_split(path: Path, split: str) -> bool:
+    return is_dataset(path) and any(path.glob(f"{split}-*.parquet"))
 
 
 def dataset_files(path: Path, split: str) -> list[Path]:
@@ -127,7 +130,7 @@ def dataset_files(path: Path, split: str) -> list[Path]:
 
 def load_hub(source: SourceConfig) -> "Dataset":
     """DataError if it cannot be loaded: says what was asked for, and what to do."""
-    from datasets import Dataset, load_dataset
+    from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
     hub = str(source.hub)
@@ -141,7 +144,7 @@ def load_hub(source: SourceConfig) -> "Dataset":
         raise DataError(f"there is no {name}: {error}; check hub and revision (a private one needs a login)") from error
     except (ValueError, OSError, DatasetsError) as error:
         raise DataError(f"cannot load {name}: {error}; check subset, split and revision") from error
-    return cast(Dataset, loaded)
+    return loaded
 
 
 def _load_hub_rows(source: SourceConfig) -> list[LabelledRow]:
@@ -189,7 +192,7 @@ def _digest(source: SourceConfig, kind: RecordKind) -> str:
     made = cast(Mapping[str, object], read_json(source.path / DATASET))["kind"]
     if made != kind:
         raise DataError(f"{source.path} is a {made} data set, where a {kind} one is needed")
-    return f"{read_artifact(source.path).content_hash} {source.split}"
+    return f"{read_artifact(source.path).content_hash}, {source.split}"
 
 
 def _rows_digest(rows: Iterable[LabelledRow]) -> str:

@@ -91,11 +91,11 @@ class AdaptersConfig(Section):
 
 class SourceConfig(Section):
     path: Path | None = Field(
-        default=None, description="a .jsonl, .jsonl.gz or .parquet file; samples:NAME for our own"
+        default=None, description="a data set of align ingest, or a file of rows; samples:NAME for our own"
     )
     hub: str | None = Field(default=None, description="a hub data set's id")
     subset: str | None = None
-    split: str = "train"
+    split: str = Field(default="train", description="of a hub data set, or of one of align ingest")
     revision: str | None = None
     limit: int | None = Field(default=None, ge=1, description="only the first n rows")
 

@@ -83,7 +83,7 @@ def _is_contradicted(keys: NDArray[np.void], is_counted: NDArray[np.bool_]) -> N
     says = np.zeros((2, len(pairs)), bool)
     for side, value in enumerate((1, -1)):
         says[side, group[is_counted & (keys["side"] == value)]] = True
-    return is_counted & says.all(0)[group] & (keys["side"] != 0)
+    return is_counted & (says[0] & says[1])[group] & (keys["side"] != 0)
 
 
 def _gather(pieces: Sequence[Piece], total: int) -> Signatures:

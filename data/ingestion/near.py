@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from rensa import RMinHash
+from rensa import RMinHash  # pyright: ignore[reportAttributeAccessIssue] a compiled module without stubs
 from xxhash import xxh3_64_intdigest
 
 from data.records import Comparison, Demonstration, Record, Verdict

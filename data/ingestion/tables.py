@@ -13,7 +13,7 @@ data.formats reads, so a data set is read like any other file.
 
 from collections.abc import Sequence
 from itertools import accumulate, chain
-from typing import cast
+from typing import Any, cast
 
 import pyarrow as pa
 
@@ -63,7 +63,7 @@ def rejects_table(rejects: Sequence[tuple[int, Reject, str]]) -> pa.Table:
     )
 
 
-def _columns(kind: RecordKind, records: Sequence[Record]) -> list[pa.Array]:
+def _columns(kind: RecordKind, records: Sequence[Record]) -> list["pa.Array[Any]"]:
     if kind == "comparison":
         pairs = cast(Sequence[Comparison], records)
         preferences = [None if pair.preference == 1.0 else pair.preference for pair in pairs]
@@ -89,7 +89,7 @@ def _columns(kind: RecordKind, records: Sequence[Record]) -> list[pa.Array]:
     ]
 
 
-def _messages(conversations: Sequence[Sequence[Message] | None]) -> pa.Array:
+def _messages(conversations: Sequence[Sequence[Message] | None]) -> "pa.Array[Any]":
     turns = list(chain.from_iterable(conversation or () for conversation in conversations))
     roles = pa.array([turn.role for turn in turns], pa.string())
     contents = pa.array([turn.content for turn in turns], pa.string())
