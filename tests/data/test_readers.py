@@ -1,0 +1,141 @@
+"""The same rows, whatever the file is and however it is cut."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from align.errors import DataError
+from data.readers import Damage, RawRow, as_text, count_rows, cut, decode, kind_of_file, raw_rows
+
+ROWS: list[dict[str, object]] = [{"prompt": f"question {n} ü", "n": n} for n in range(40)]
+
+
+def read(path: Path, chunk_bytes: int = 8 << 20) -> list[tuple[int, object]]:
+    """(line, row) of the whole file, from its chunks."""
+    found: list[tuple[int, object]] = []
+    before = 0
+    for chunk in cut(path, chunk_bytes):
+        found += [(before + raw.line, decode(raw)) for raw in raw_rows(chunk)]
+        before += count_rows(chunk)
+    return found
+
+
+def written(folder: Path, name: str, content: bytes) -> Path:
+    path = folder / name
+    path.write_bytes(content)
+    return path
+
+
+def jsonl(rows: list[dict[str, object]], newline: str = "\n") -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + newline for row in rows).encode()
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 7, 64, 1000, 1 << 20])
+def test_json_lines_are_the_same_rows_however_they_are_cut(tmp_path: Path, chunk_bytes: int) -> None:
+    path = written(tmp_path, "f.jsonl", jsonl(ROWS))
+    assert read(path, chunk_bytes) == [(n + 1, row) for n, row in enumerate(ROWS)]
+
+
+@given(
+    lines=st.lists(st.sampled_from([b"", b" ", b"{}", b'{"a": 1}', b"x", b"\xff"]), max_size=12),
+    cut_at=st.integers(1, 9),
+)
+def test_blank_and_broken_lines_keep_their_numbers_however_they_are_cut(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], cut_at: int
+) -> None:
+    path = written(tmp_path_factory.mktemp("lines"), "f.jsonl", b"\n".join(lines))
+    expected = [n for n, line in enumerate(lines, start=1) if line.strip()]
+    assert [line for line, _ in read(path, cut_at)] == expected
+    assert read(path, cut_at) == read(path)
+
+
+def compressed(folder: Path, name: str, content: bytes) -> Path:
+    """The content as the file's name says."""
+    path = folder / name
+    if name.endswith(".zst"):
+        with pa.CompressedOutputStream(pa.OSFile(str(path), "wb"), "zstd") as out:
+            out.write(content)
+    else:
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["f.jsonl.gz", "f.ndjson.zst", "f.json", "f.json.gz", "f.csv", "f.tsv.zst"])
+def test_every_kind_of_file_holds_the_same_rows(tmp_path: Path, name: str) -> None:
+    separator = "\t" if ".tsv" in name else ","
+    delimited = "".join(f"{row['prompt']}{separator}{row['n']}\r\n" for row in ROWS)
+    contents = {"json": json.dumps(ROWS).encode(), "jsonl": jsonl(ROWS), "ndjson": jsonl(ROWS)}
+    is_text = name.split(".")[1] not in contents
+    path = compressed(tmp_path, name, contents.get(name.split(".")[1], f"prompt{separator}n\r\n{delimited}".encode()))
+    expected = [{"prompt": row["prompt"], "n": str(row["n"])} for row in ROWS] if is_text else ROWS
+    assert [row for _, row in read(path, chunk_bytes=200)] == expected
+
+
+def test_parquet_is_cut_by_row_groups(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "f.parquet", row_group_size=7)
+    assert len(cut(tmp_path / "f.parquet", 200)) > 2
+    assert read(tmp_path / "f.parquet", 200) == [(n + 1, row) for n, row in enumerate(ROWS)]
+
+
+def test_a_json_array_larger_than_what_is_read_at_a_time_is_read_whole(tmp_path: Path) -> None:
+    rows = [{"prompt": "x" * 300_000, "n": n} for n in range(9)]
+    assert [row for _, row in read(written(tmp_path, "f.json", json.dumps(rows, indent=1).encode()))] == rows
+
+
+def test_an_array_with_a_mistake_gives_the_rows_before_it(tmp_path: Path) -> None:
+    found = read(written(tmp_path, "f.json", b'[{"a": 1}, {"a": 2}, {"a": ], {"a": 4}]'))
+    assert [row for _, row in found[:2]] == [{"a": 1}, {"a": 2}]
+    assert [line for line, _ in found] == [1, 2, 3]
+    assert isinstance(found[2][1], Damage)
+    assert found[2][1].ends_file
+
+
+def test_byte_order_marks_and_carriage_returns_are_no_part_of_a_row(tmp_path: Path) -> None:
+    content = b"\xef\xbb\xbf" + jsonl(ROWS[:3], newline="\r\n")
+    assert read(written(tmp_path, "f.jsonl", content)) == [(n + 1, row) for n, row in enumerate(ROWS[:3])]
+    content = "\ufeffprompt,n\r\nhello,1\r\n".encode()
+    assert read(written(tmp_path, "f.csv", content)) == [(2, {"prompt": "hello", "n": "1"})]
+
+
+def test_delimited_rows_are_numbered_by_the_line_that_they_begin_on(tmp_path: Path) -> None:
+    found = read(written(tmp_path, "f.csv", b'a,b\n"two\nlines",1\nx,2\nonly one\n'))
+    assert found[:2] == [(2, {"a": "two\nlines", "b": "1"}), (4, {"a": "x", "b": "2"})]
+    assert found[2] == (5, Damage("1 fields, where the header has 2: only one"))
+
+
+@pytest.mark.parametrize("name", ["f.jsonl.gz", "f.csv.gz", "f.jsonl.zst"])
+def test_a_file_that_was_cut_short_gives_its_rows_and_then_says_so(tmp_path: Path, name: str) -> None:
+    content = (
+        b"a,b\n" * 20_000 if ".csv" in name else jsonl([dict[str, object](n=n * 7919 % 100_003) for n in range(20_000)])
+    )
+    path = compressed(tmp_path, name, content)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+    found = read(path)
+    assert not any(isinstance(row, Damage) for _, row in found[:-1])
+    damage = found[-1][1]
+    assert isinstance(damage, Damage)
+    assert damage.ends_file
+    assert "cut short" in damage.detail
+
+
+def test_an_unknown_kind_a_folder_and_a_missing_file_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"f\.txt: unknown kind of file; known are \.jsonl"):
+        kind_of_file(Path("f.txt"))
+    with pytest.raises(DataError, match=r"f\.parquet\.gz: unknown kind"):
+        kind_of_file(Path("f.parquet.gz"))
+    with pytest.raises(DataError, match="it is a folder"):
+        cut(tmp_path)
+    with pytest.raises(DataError, match="does not exist"):
+        cut(tmp_path / "none.jsonl")
+
+
+def test_a_rejected_row_is_kept_as_it_was() -> None:
+    assert as_text(b'{"a": "\xff"}') == '{"a": "\\xff"}'
+    assert as_text({"a": "ü", "n": 1}) == '{"a": "ü", "n": 1}'
+    assert decode(RawRow(1, b"[1]")) == Damage("no object: b'[1]'")
