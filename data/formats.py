@@ -35,8 +35,8 @@ _ROLES: Mapping[object, Role] = {"system": "system", "user": "user", "assistant"
 _DETAIL_LENGTH = 80
 
 
-class _UnfitError(Exception):
-    """Why a row is not a record; leaves this module only as a Reject."""
+class UnfitError(Exception):
+    """Why a row is not a record: `reason` is a short fixed phrase. It ends as a Reject."""
 
     def __init__(self, reason: str, field: str, detail: str) -> None:
         super().__init__(reason, field, detail)
@@ -47,13 +47,16 @@ def parse_row(row: Row, source: str, kind: RecordKind) -> Record | Reject:
     """The record of `kind` that `row` holds; `source` ("file.jsonl:12") is kept in it."""
     try:
         return _PARSERS[kind](row, source)
-    except _UnfitError as unfit:
+    except UnfitError as unfit:
         return Reject(source, unfit.reason, unfit.field, unfit.detail)
 
 
 def shorten(value: object) -> str:
     """`value` as one line of at most 80 characters."""
-    line = " ".join((value if isinstance(value, str) else repr(value)).split())
+    try:
+        line = " ".join((value if isinstance(value, str) else repr(value)).split())
+    except RecursionError:  # json reads lists nested deeper than repr, called from further down the stack, can write
+        line = f"a deeply nested {type(value).__name__}"
     return line if len(line) <= _DETAIL_LENGTH else line[: _DETAIL_LENGTH - 1] + "…"
 
 
@@ -75,22 +78,22 @@ def comparison(row: Row, source: str) -> Comparison:
 
     Optional: `margin` (0 or more) and `preference` (from 0 to 1, the probability that `chosen` is preferred).
     """
-    chosen, rejected = _present(row, "chosen"), _present(row, "rejected")
+    chosen, rejected = present(row, "chosen"), present(row, "rejected")
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise _UnfitError("wrong type", "rejected", f"{shorten(rejected)}, where chosen is {type(chosen).__name__}")
+        raise UnfitError("wrong type", "rejected", f"{shorten(rejected)}, where chosen is {type(chosen).__name__}")
     if isinstance(chosen, str):
-        prompt, sides = _compared_strings(row, _text(chosen, "chosen"), _text(rejected, "rejected"))
+        prompt, sides = _compared_strings(row, as_text(chosen, "chosen"), as_text(rejected, "rejected"))
     else:
         prompt, sides = _compared_messages(row, _messages(chosen, "chosen"), _messages(rejected, "rejected"))
     _check_turns(prompt, "prompt", last="user")
     for field, side in zip(("chosen", "rejected"), sides, strict=True):
         if not side.strip():
-            raise _UnfitError("empty response", field, repr(side))
+            raise UnfitError("empty response", field, repr(side))
     if sides[0].strip() == sides[1].strip():
-        raise _UnfitError("identical pair", "rejected", shorten(sides[1]))
+        raise UnfitError("identical pair", "rejected", shorten(sides[1]))
     margin, preference = _number(row, "margin", most=math.inf), _number(row, "preference", most=1.0)
     if margin and preference not in (None, 1):  # a margin is of a certain order; no formula has both
-        raise _UnfitError("margin with soft label", "margin", f"margin {margin:g} beside preference {preference:g}")
+        raise UnfitError("margin with soft label", "margin", f"margin {margin:g} beside preference {preference:g}")
     return Comparison(prompt, *sides, source, margin, 1.0 if preference is None else preference)
 
 
@@ -101,10 +104,10 @@ def verdict(row: Row, source: str) -> Verdict:
     completion = _as_messages(row, "completion", "assistant")
     _check_one_answer(completion, "completion")
     if not completion[0].content.strip():
-        raise _UnfitError("empty response", "completion", repr(completion[0].content))
-    label = _present(row, "label")
+        raise UnfitError("empty response", "completion", repr(completion[0].content))
+    label = present(row, "label")
     if not isinstance(label, bool):
-        raise _UnfitError("wrong type", "label", f"{shorten(label)}, not true or false")
+        raise UnfitError("wrong type", "label", f"{shorten(label)}, not true or false")
     return Verdict(prompt, completion[0].content, label, source)
 
 
@@ -118,9 +121,9 @@ def prompt(row: Row, source: str) -> Prompt:
 
 def plain_text(row: Row, source: str) -> PlainText:
     """`text`."""
-    text = _text(_present(row, "text"), "text")
+    text = as_text(present(row, "text"), "text")
     if not text.strip():
-        raise _UnfitError("empty text", "text", repr(text))
+        raise UnfitError("empty text", "text", repr(text))
     return PlainText(text, source)
 
 
@@ -136,7 +139,7 @@ def _compared_strings(row: Row, chosen: str, rejected: str) -> tuple[tuple[Messa
     if row.get("prompt") is not None:
         return _as_messages(row, "prompt", "user"), (chosen, rejected)
     if chosen == rejected:
-        raise _UnfitError("identical pair", "rejected", shorten(rejected))
+        raise UnfitError("identical pair", "rejected", shorten(rejected))
     border = _common_border(chosen, rejected)
     # The template separates the turns, so the white space at the cut belongs to neither.
     prompt = (Message("user", chosen[:border].strip()),)
@@ -167,7 +170,7 @@ def _compared_messages(
     if row.get("prompt") is not None and len(chosen) == len(rejected) == 1:
         prompt = _as_messages(row, "prompt", "user")
     elif chosen == rejected:
-        raise _UnfitError("identical pair", "rejected", f"{len(rejected)} equal messages")
+        raise UnfitError("identical pair", "rejected", f"{len(rejected)} equal messages")
     else:
         # Beside a `prompt`, both may still hold the whole conversation (ultrafeedback_binarized does that).
         prompt = chosen[: _common_length(chosen, rejected)]
@@ -180,7 +183,7 @@ def _compared_messages(
 def _check_one_answer(side: Sequence[Message], field: str) -> None:
     if [message.role for message in side] != ["assistant"]:
         roles = ", ".join(message.role for message in side) or "nothing"
-        raise _UnfitError("role order", field, shorten(f"{roles} after the prompt, not one assistant turn"))
+        raise UnfitError("role order", field, shorten(f"{roles} after the prompt, not one assistant turn"))
 
 
 def _number(row: Row, field: str, *, most: float) -> float | None:
@@ -189,65 +192,67 @@ def _number(row: Row, field: str, *, most: float) -> float | None:
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _UnfitError("wrong type", field, f"{shorten(value)}, not a number")
+        raise UnfitError("wrong type", field, f"{shorten(value)}, not a number")
     try:
         number = float(value)
     except OverflowError:  # JSON knows no limit
         number = math.inf
     if not (math.isfinite(number) and 0 <= number <= most):
         limits = "0 or more, and finite" if most == math.inf else f"from 0 to {most:g}"
-        raise _UnfitError("out of range", field, f"{shorten(value)}, not {limits}")
+        raise UnfitError("out of range", field, f"{shorten(value)}, not {limits}")
     return number
 
 
-def _present(row: Row, field: str) -> object:
+def present(row: Row, field: str) -> object:
+    """The value of a column that must be there. UnfitError if it is missing or null."""
     value = row.get(field)
     if value is None:
-        raise _UnfitError("missing field", field, shorten(f"keys are {', '.join(row) or 'none'}"))
+        raise UnfitError("missing field", field, shorten(f"keys are {', '.join(row) or 'none'}"))
     return value
 
 
-def _text(value: object, field: str) -> str:
+def as_text(value: object, field: str) -> str:
+    """`value` as a string that a tokenizer takes. UnfitError if it is none."""
     if not isinstance(value, str):
-        raise _UnfitError("wrong type", field, f"{shorten(value)}, not a string")
+        raise UnfitError("wrong type", field, f"{shorten(value)}, not a string")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # a lone surrogate is valid JSON, but no tokenizer takes it
-        raise _UnfitError("malformed", field, shorten(str(error))) from None
+        raise UnfitError("malformed", field, shorten(str(error))) from None
     return value
 
 
 def _as_messages(row: Row, field: str, role: Role) -> tuple[Message, ...]:
-    value = _present(row, field)
-    return (Message(role, _text(value, field)),) if isinstance(value, str) else _messages(value, field)
+    value = present(row, field)
+    return (Message(role, as_text(value, field)),) if isinstance(value, str) else _messages(value, field)
 
 
 def _messages(value: object, field: str) -> tuple[Message, ...]:
     if not isinstance(value, list):
-        raise _UnfitError("wrong type", field, f"{shorten(value)}, not a list of messages")
+        raise UnfitError("wrong type", field, f"{shorten(value)}, not a list of messages")
     return tuple(_message(item, f"{field}[{index}]") for index, item in enumerate(cast(list[object], value)))
 
 
 def _message(item: object, field: str) -> Message:
     if not isinstance(item, dict):
-        raise _UnfitError("wrong type", field, f"{shorten(item)}, not a message")
+        raise UnfitError("wrong type", field, f"{shorten(item)}, not a message")
     message = cast(Row, item)
-    role, content = _present(message, "role"), _present(message, "content")
+    role, content = present(message, "role"), present(message, "content")
     if not isinstance(role, str):
-        raise _UnfitError("wrong type", f"{field}.role", f"{shorten(role)}, not a string")
+        raise UnfitError("wrong type", f"{field}.role", f"{shorten(role)}, not a string")
     if role not in _ROLES:
-        raise _UnfitError("role order", f"{field}.role", f"unknown role {shorten(role)}")
-    return Message(_ROLES[role], _text(content, f"{field}.content"))
+        raise UnfitError("role order", f"{field}.role", f"unknown role {shorten(role)}")
+    return Message(_ROLES[role], as_text(content, f"{field}.content"))
 
 
 def _check_turns(messages: Sequence[Message], field: str, *, last: Role) -> None:
     turns = messages[1:] if messages and messages[0].role == "system" else messages
     if not turns:
-        raise _UnfitError("empty prompt", field, "no turns")
+        raise UnfitError("empty prompt", field, "no turns")
     if any(turn.role != ("user", "assistant")[index % 2] for index, turn in enumerate(turns)) or turns[-1].role != last:
         roles = ", ".join(message.role for message in messages)
-        raise _UnfitError("role order", field, shorten(f"{roles}; wanted user first, in turns, {last} last"))
+        raise UnfitError("role order", field, shorten(f"{roles}; wanted user first, in turns, {last} last"))
     for turn in turns:
         if not turn.content.strip():
             reason = "empty prompt" if turn.role == "user" else "empty response"
-            raise _UnfitError(reason, field, repr(turn.content))
+            raise UnfitError(reason, field, repr(turn.content))
