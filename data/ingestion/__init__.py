@@ -1,0 +1,1 @@
+"""Raw data sets of others, turned into verified ones of ours."""
