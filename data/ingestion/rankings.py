@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import cast
 
 from data.formats import Row, UnfitError, as_text, present, shorten
-from data.ingestion.columns import as_number
+from data.ingestion.flat import as_number
 
 _OASST_ROLES: Mapping[object, str] = {"prompter": "user", "assistant": "assistant"}
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import cast
 
 from data.formats import Row
-from data.ingestion.columns import has_verdict, is_marked
+from data.ingestion.flat import MARKS, has_verdict
 from data.ingestion.transcripts import is_transcript
 
-_JUDGED = ("chosen", "rejected", "rejected_response", "rejected_messages", "label", "kto_tag", "thumbs", "is_good")
+_JUDGED = ("chosen", "rejected", "rejected_response", "rejected_messages", "label", "kto_tag", *MARKS)
 # Key parts that say that a row beside its prompt holds more than we would take from it.
 _ANSWER_WORDS = ("better", "chosen", "completion", "label", "output", "preference", "preferred", "reject", "respon")
 _STRUCTURED = ("prompt", "messages", "conversations", "instruction", "completion", "chosen", "rejected", "info", "role")
@@ -41,7 +41,7 @@ def is_thumbs(row: Row) -> bool:
 
 
 def is_trl_prompt_completion(row: Row) -> bool:
-    return _has(row, "prompt", "completion") and not is_marked(row) and not _has_any(row, _JUDGED)
+    return _has(row, "prompt", "completion") and not _has_any(row, _JUDGED)
 
 
 def is_trl_messages(row: Row) -> bool:
@@ -87,11 +87,8 @@ def is_alpaca(row: Row) -> bool:
 
 def is_alpaca_preference(row: Row) -> bool:
     has_sides = _has(row, "chosen", "rejected") or isinstance(row.get("output"), list)
-    return (
-        isinstance(row.get("instruction"), str)
-        and has_sides
-        and not _has_any(row, ("prompt", "completions", "conversations"))
-    )
+    is_other = _has_any(row, ("prompt", "completions", "conversations"))
+    return isinstance(row.get("instruction"), str) and has_sides and not is_other
 
 
 def is_oasst_trees(row: Row) -> bool:

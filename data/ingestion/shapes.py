@@ -11,7 +11,7 @@ from functools import partial
 
 from align.errors import DataError
 from data.formats import Row
-from data.ingestion import chats, columns, rankings, recognition, transcripts
+from data.ingestion import chats, flat, rankings, recognition, transcripts
 from data.records import RecordKind
 
 _ROWS_LOOKED_AT = 100
@@ -47,30 +47,28 @@ def detect(rows: Sequence[Row], *, where: str) -> Shape:
     raise DataError(f"{where}: {what}. Keys found: {keys}. {remedy}. Shapes known:{known}")
 
 
-def mapped(columns_of: Mapping[str, str], *, where: str) -> Shape:
+def mapped(columns: Mapping[str, str], *, where: str) -> Shape:
     """The shape of flat rows whose columns the user names: target to raw column, or to several ("a+b") for a prompt.
 
     Targets: those of a canonical row, or for a pair in no order `first` and `second` with `better` (0 or the first's
-    column, 1 or the second's, tie) or `first_is_better`. DataError for a set of targets not in columns.TARGETS.
+    column, 1 or the second's, tie) or `first_is_better`. DataError for a set of targets not in flat.TARGETS.
     """
-    given = set(columns_of)
-    kinds: list[RecordKind] = [
-        kind for needed, optional, kind in columns.TARGETS if needed <= given <= needed | optional
-    ]
+    given = set(columns)
+    kinds: list[RecordKind] = [kind for needed, optional, kind in flat.TARGETS if needed <= given <= needed | optional]
     if not kinds:
         raise DataError(f"{where}: --map names {_listed(given) or 'nothing'}; it takes one of: {_known_targets()}")
-    for target, source in columns_of.items():
-        parts = columns.split_columns(source)
+    for target, source in columns.items():
+        parts = flat.split_columns(source)
         if not all(parts) or (len(parts) > 1 and target != "prompt"):
             raise DataError(f"{where}: --map {target}={source}: wanted one column (a prompt may have several: a+b)")
-    named = dict(columns_of)
+    named = {target: "+".join(flat.split_columns(source)) for target, source in columns.items()}
     looks_like = ", ".join(f"{target}={source}" for target, source in named.items())
-    matches, convert = partial(columns.has_columns, named), partial(columns.from_columns, named)
+    matches, convert = partial(flat.has_columns, named), partial(flat.from_columns, named)
     return Shape("mapped", kinds[0], looks_like, matches, convert)
 
 
 def _known_targets() -> str:
-    options = (_listed(needed) + (f" (and {_listed(more)})" if more else "") for needed, more, _ in columns.TARGETS)
+    options = (_listed(needed) + (f" (and {_listed(more)})" if more else "") for needed, more, _ in flat.TARGETS)
     return "; ".join(options)
 
 
@@ -147,7 +145,7 @@ _ALL: tuple[Shape, ...] = (
         "verdict",
         "prompt + completion or response + label, thumbs, feedback or is_good: 0, 1, up, down, good, bad",
         recognition.is_thumbs,
-        columns.thumbs,
+        flat.thumbs,
     ),
     Shape(
         "trl-messages",
