@@ -226,12 +226,12 @@ def map_on_cluster(
     try:
         results = ray.data.range(len(items), override_num_blocks=len(items)).map(work)
         for row in results.iter_rows():
-            yield pickle.loads(row["result"])
+            result = pickle.loads(row["result"])
+            if isinstance(result, AlignError):
+                raise result
+            yield result
     except RayTaskError as error:
-        cause = error.cause
-        if isinstance(cause, AlignError):
-            raise cause from None
-        raise WorkerError(f"failed on the cluster: {type(cause).__name__}: {cause}") from None
+        raise WorkerError(f"failed on the cluster: {_condense(error)}") from None
     except RayError as error:
         raise WorkerError(f"a node of the cluster was lost: {_condense(error)}. Run again.") from None
     finally:
@@ -249,7 +249,11 @@ class _Work:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         verify_worker(self.import_root)
-        return {"result": pickle.dumps(pickle.loads(self.function)(pickle.loads(self.items[row["id"]])))}
+        try:
+            result = pickle.loads(self.function)(pickle.loads(self.items[row["id"]]))
+        except AlignError as error:  # as a value: Ray Data would leave a string of it
+            result = error
+        return {"result": pickle.dumps(result)}
 
 
 def _no_connection(address: str, error: Exception, *, is_own: bool) -> str:

@@ -67,7 +67,7 @@ def find_pieces(asked: Asked, scratch: Path, note: Callable[[str], None]) -> lis
             pieces += [Piece(len(pieces) + n, file, chunk, scratch) for n, chunk in enumerate(chunks)]
     if not pieces:
         raise DataError("all sources are empty")
-    return _of_one_kind(pieces)
+    return pieces
 
 
 def describe(asked: Asked, kind: RecordKind, pieces: Sequence[Piece]) -> dict[str, object]:
@@ -108,18 +108,24 @@ def _detect(name: str, chunks: Sequence[Chunk]) -> Shape:
     return detect(rows, where=name) if rows else _NO_SHAPE
 
 
+def _is_none(row: Row) -> bool:
+    return False
+
+
 def _unfit(row: Row) -> list[dict[str, object]]:
     raise UnfitError("malformed", "", "the file's first rows are none that can be read")
 
 
 # Of a file whose first rows cannot be read at all: what of it can be is no ground to guess on. The kind is a dummy's.
-_NO_SHAPE = Shape("none", "comparison", "", lambda row: False, _unfit)
+_NO_SHAPE = Shape("none", "comparison", "nothing that can be read", _is_none, _unfit)
 
 
-def _of_one_kind(pieces: Sequence[Piece]) -> list[Piece]:
-    known = [piece for piece in pieces if piece.source.shape.name != _NO_SHAPE.name]
-    kinds = {piece.source.shape.kind: piece.source.name for piece in reversed(known)}
+def kind_of(pieces: Sequence[Piece]) -> RecordKind:
+    """DataError if there is more than one."""
+    kinds = {
+        piece.source.shape.kind: piece.source.name for piece in reversed(pieces) if piece.source.shape != _NO_SHAPE
+    }
     if len(kinds) > 1:
         told = "; ".join(f"{name} holds {kind}s" for kind, name in kinds.items())
         raise DataError(f"a data set is of one kind: {told}. Ingest them into data sets of their own")
-    return [*pieces] if not known else sorted(pieces, key=lambda piece: piece.number)
+    return next(iter(kinds)) if kinds else _NO_SHAPE.kind

@@ -13,7 +13,7 @@ from pathlib import Path
 from align.artifacts import Artifact, write_directory
 from align.errors import ArtifactError, DataError, UsageError
 from data.ingestion.decide import decide
-from data.ingestion.find import Asked, describe, find_pieces
+from data.ingestion.find import Asked, describe, find_pieces, kind_of
 from data.ingestion.rules import RowRules, SetRules
 from data.ingestion.sift import Piece, Sifted, sift
 from data.ingestion.write import OnProgress, Tally, write_rows, write_words
@@ -44,10 +44,12 @@ def ingest(asked: Asked, to: Path, *, engine: Engine, note: Callable[[str], None
     try:
         pieces = find_pieces(asked, scratch, note)
         is_near_wanted = asked.near_threshold is not None
-        rules = RowRules(pieces[0].source.shape.kind, asked.seed, asked.keep_ties, asked.tokens, is_near_wanted)
+        rules = RowRules(kind_of(pieces), asked.seed, asked.keep_ties, asked.tokens, is_near_wanted)
         sifted: list[Sifted] = []
         for one in engine(partial(sift, rules=rules), pieces):
             sifted.append(one)
+            for warning in one.warnings:
+                note(f"warning: {warning}")
             on_progress("reading", len(sifted), len(pieces))
         sifted.sort(key=lambda one: one.piece.number)
         on_progress("comparing", 0, 1)

@@ -46,7 +46,7 @@ class Sifted:
     piece: Piece
     rows: int  # by how much the next chunk's line numbers are higher
     kept: int
-    rejected: int
+    warnings: tuple[str, ...]  # what the user must hear of before the account
 
 
 def sift(piece: Piece, rules: RowRules) -> Sifted:
@@ -55,7 +55,10 @@ def sift(piece: Piece, rules: RowRules) -> Sifted:
     records: list[Record] = []
     lines: list[int] = []
     rejects: list[tuple[int, Reject, str]] = []
+    warnings: list[str] = []
     for raw in raw_rows(piece.chunk):
+        if isinstance(raw.content, Damage) and raw.content.ends_file:
+            warnings.append(f"{piece.source.name}:{raw.line}: {raw.content.detail}")
         for found in _records(raw, piece.source, rules):
             reject = found if isinstance(found, Reject) else _judge(found, rules, gate)
             if reject is not None:
@@ -69,7 +72,7 @@ def sift(piece: Piece, rules: RowRules) -> Sifted:
     np.save(piece.path("keys.npy"), keys)
     if rules.has_signatures:
         np.save(piece.path("near.npy"), signatures(records))
-    return Sifted(piece, count_rows(piece.chunk), len(records), len(rejects))
+    return Sifted(piece, count_rows(piece.chunk), len(records), tuple(warnings))
 
 
 def _records(raw: RawRow, source: SourceFile, rules: RowRules) -> Iterator[Record | Reject]:
