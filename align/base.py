@@ -1,10 +1,11 @@
 """The base model: found, identified, loaded once, never changed.
 
-`resolve_base` (no torch) finds the source files and their identity; `load_base` loads them. The embedded model and
-the tiny random ones are built once into a cache (`align.embedded`, `align.tiny`).
+`resolve_base` (no torch) finds the source files and their identity; `load_base` loads them, `load_codec` the tokenizer
+alone. The embedded model and the tiny random ones are built once into a cache (`align.embedded`, `align.tiny`).
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
+_MODEL_FILES = (*_TOKENIZER_FILES, "*.safetensors")
 _loads = 0  # how often this process has loaded a base: a run must show 1 (summary.json: base.loads)
 
 
@@ -58,29 +61,32 @@ def resolve_base(config: BaseModelConfig) -> ResolvedBase:
         from align.embedded import find_embedded
 
         return ResolvedBase(config.model, *find_embedded())
+    folder = _find_folder(config, _MODEL_FILES)
+    return ResolvedBase(config.model, folder, _identity(folder))
+
+
+def _find_folder(config: BaseModelConfig, files: Sequence[str]) -> Path:
+    """Where a base that is not the embedded one lies; `files`: what to download of a hub id."""
     if config.model.startswith("tiny:"):
         from align.tiny import find_tiny
 
-        folder = find_tiny(config.model.removeprefix("tiny:"))
-    elif Path(config.model).is_dir():
-        folder = Path(config.model)
-    elif config.model.startswith((".", "/", "~")) or config.model.count("/") != 1:
+        return find_tiny(config.model.removeprefix("tiny:"))
+    if Path(config.model).is_dir():
+        return Path(config.model)
+    if config.model.startswith((".", "/", "~")) or config.model.count("/") != 1:
         raise ModelError(
             f"base.model: {config.model!r} is not a folder that exists, nor a hub id (owner/name), nor one of "
             "embedded, tiny:llama, tiny:gpt2, tiny:qwen2"
         )
-    else:
-        folder = _download(config.model, config.revision)
-    return ResolvedBase(config.model, folder, _identity(folder))
+    return _download(config.model, config.revision, files)
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, revision: str | None, files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
-        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=patterns))
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=list(files)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
@@ -130,7 +136,35 @@ def load_base(config: BaseModelConfig) -> Base:
     model, tokenizer = _load_whole(folder, config, dtype)
     _loads += 1
     cast("torch.nn.Module", model).to(device).eval().requires_grad_(False)
-    return Base(resolved, model, tokenizer, _eos_ids(model, tokenizer), device, dtype)
+    eos_ids = _eos_ids(model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id)
+    return Base(resolved, model, tokenizer, eos_ids, device, dtype)
+
+
+def load_codec(config: BaseModelConfig, *, system_prompt: str | None) -> Codec:
+    """The codec that `load_base` would give, without the weights: they are neither read nor downloaded.
+
+    Raises:
+        ModelError: not found, or its tokenizer or its config cannot be loaded.
+    """
+    if config.model == "embedded":
+        from align.embedded import convert_embedded, find_embedded
+
+        folder = convert_embedded(*find_embedded())
+    else:
+        folder = _find_folder(config, _TOKENIZER_FILES)
+    # AutoTokenizer itself imports torch; a class of tokenizer chosen here instead could split text otherwise
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    trust = config.trust_remote_code
+    try:
+        tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(folder, trust_remote_code=trust))
+        configs = [AutoConfig.from_pretrained(folder, trust_remote_code=trust)]
+        if (folder / "generation_config.json").is_file():
+            configs.append(GenerationConfig.from_pretrained(folder))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _unloadable(config, folder, error) from error
+    eos_ids = _eos_ids(*(each.eos_token_id for each in configs), tokenizer.eos_token_id)
+    return make_codec(tokenizer, eos_ids=eos_ids, system_prompt=system_prompt)
 
 
 def _load_whole(
@@ -150,11 +184,7 @@ def _load_whole(
             ),
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"base.model: {config.model!r} cannot be loaded from {folder}: {type(error).__name__}: {reason}. It must "
-            "be a decoder-only causal LM of transformers with its tokenizer beside it."
-        ) from error
+        raise _unloadable(config, folder, error) from error
     if info["missing_keys"]:  # transformers would go on with random weights
         raise ModelError(
             f"base.model: the weights in {folder} are not whole: {len(info['missing_keys'])} tensors are "
@@ -163,13 +193,22 @@ def _load_whole(
     return model, tokenizer
 
 
-def _eos_ids(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> tuple[int, ...]:
+def _unloadable(config: BaseModelConfig, folder: Path, error: Exception) -> ModelError:
+    reason = str(error).strip().splitlines()[0]
+    return ModelError(
+        f"base.model: {config.model!r} cannot be loaded from {folder}: {type(error).__name__}: {reason}. It must "
+        "be a decoder-only causal LM of transformers with its tokenizer beside it."
+    )
+
+
+def _eos_ids(*values: object) -> tuple[int, ...]:
+    """All that the model's config, its generation config and its tokenizer name."""
     found: set[int] = set()
-    for value in (model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id):
+    for value in values:
         if isinstance(value, int):
             found.add(value)
         elif value is not None:
-            found.update(int(item) for item in value)
+            found.update(int(item) for item in cast("list[int]", value))
     if not found:
         raise ModelError("base.model: neither its config nor its tokenizer names an EOS token; answers could not end")
     return tuple(sorted(found))
