@@ -146,15 +146,15 @@ def load_codec(config: BaseModelConfig, *, system_prompt: str | None) -> Codec:
     Raises:
         ModelError: not found, or its tokenizer or its config cannot be loaded.
     """
-    # AutoTokenizer itself imports torch; a class of tokenizer chosen here instead could split text otherwise
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
     if config.model == "embedded":
         from align.embedded import convert_embedded, find_embedded
 
         folder = convert_embedded(*find_embedded())
     else:
         folder = _find_folder(config, _TOKENIZER_FILES)
+    # AutoTokenizer itself imports torch; a class of tokenizer chosen here instead could split text otherwise
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
     trust = config.trust_remote_code
     try:
         tokenizer = cast("PreTrainedTokenizerBase", AutoTokenizer.from_pretrained(folder, trust_remote_code=trust))
@@ -201,14 +201,14 @@ def _unloadable(config: BaseModelConfig, folder: Path, error: Exception) -> Mode
     )
 
 
-def _eos_ids(*values: int | list[int] | None) -> tuple[int, ...]:
+def _eos_ids(*values: object) -> tuple[int, ...]:
     """All that the model's config, its generation config and its tokenizer name."""
     found: set[int] = set()
     for value in values:
         if isinstance(value, int):
             found.add(value)
         elif value is not None:
-            found.update(int(item) for item in value)
+            found.update(int(item) for item in cast("list[int]", value))
     if not found:
         raise ModelError("base.model: neither its config nor its tokenizer names an EOS token; answers could not end")
     return tuple(sorted(found))

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from align.errors import AlignError, ConfigError, StoppedError
+from align.errors import AlignError, ConfigError, ModelError, StoppedError, UsageError
 
 if TYPE_CHECKING:
     from align.context import StageContext, StageResult
+    from data.tokenization import Codec
 
 app = typer.Typer(
     add_completion=False,
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Only warnings and the final table.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; all else goes to stderr.")]
 
 
@@ -71,7 +73,7 @@ def run(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard what is there of the stages to be run.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and the final table.")] = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Run the stages of a config, or what is left of them."""
@@ -121,6 +123,60 @@ def check(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = Fal
             print_view(check_view(rows))
         if wrong:
             raise ConfigError("\n".join(wrong))
+
+
+@app.command()
+def inspect(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="The data set that `align ingest --to` wrote.", show_default=False)
+    ],
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="Count and show tokens as this base.model has them.")
+    ] = None,
+    system_prompt: Annotated[str | None, typer.Option(help="As data.system_prompt; needs --tokenizer.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Count the rows over so many tokens; needs --tokenizer.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Also write it as one page.")] = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Describe a data set: its rows, lengths, biases, duplicates, and a few rows as they are learnt."""
+    with _one_message():
+        if tokenizer is None and (system_prompt is not None or max_length is not None):
+            raise UsageError("--system-prompt and --max-length are about tokens: give --tokenizer, too")
+        _ours_only()
+        from align.inspect_view import inspection_view, write_page
+        from align.show import late_progress, make_display, print_view
+        from data.ingestion.inspection import inspect_dataset
+
+        with redirect_stdout(sys.stderr if as_json else sys.stdout):
+            display = make_display(is_quiet=quiet)
+            try:
+                codec = None
+                if tokenizer is not None:
+                    display.note(f"loading the tokenizer of {tokenizer}")  # its import alone takes seconds
+                    codec = _codec(tokenizer, system_prompt)
+                on_progress = late_progress(display, stage="inspect", doing="reading rows")
+                found = inspect_dataset(folder, codec=codec, max_length=max_length, on_progress=on_progress)
+            finally:
+                display.close()
+        if html is not None:
+            write_page(html, inspection_view(found))
+        if as_json:
+            print(json.dumps(asdict(found), indent=1))
+        else:
+            print_view(inspection_view(found))
+
+
+def _codec(model: str, system_prompt: str | None) -> "Codec":
+    from align.base import load_codec
+    from align.config import BaseModelConfig
+
+    try:
+        return load_codec(BaseModelConfig(model=model), system_prompt=system_prompt)
+    except ModelError as error:
+        raise ModelError(f"--tokenizer: {str(error).removeprefix('base.model: ')}") from None
 
 
 @app.command()

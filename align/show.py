@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO, cast
 
 from rich.console import Console, Group, RenderableType
@@ -14,6 +14,7 @@ from rich.text import Text
 from align.status import RunState, Status
 
 _PLAIN_EVERY_SECONDS = 15.0
+_SILENT_FOR_SECONDS = 2.0
 Section = Mapping[str, object]
 
 
@@ -83,10 +84,25 @@ class BarDisplay:
         self._bars.stop()
 
 
-def make_display(*, is_quiet: bool) -> QuietDisplay | PlainDisplay | BarDisplay:
+Display = QuietDisplay | PlainDisplay | BarDisplay
+
+
+def make_display(*, is_quiet: bool) -> Display:
     if is_quiet:
         return QuietDisplay()
     return BarDisplay(Console(file=sys.stdout)) if sys.stdout.isatty() else PlainDisplay(sys.stdout)
+
+
+def late_progress(display: Display, *, stage: str, doing: str) -> Callable[[int, int], None]:
+    """(done, total) for the display, from the third second on: what is over before needs no bar."""
+    started = time.time()
+
+    def report(done: int, total: int) -> None:
+        now = time.time()
+        if now - started > _SILENT_FOR_SECONDS:
+            display.progress(Status(stage, doing, done, total, started, now, {}))
+
+    return report
 
 
 def pace(status: Status) -> str:
@@ -166,12 +182,12 @@ def _samples(samples: Sequence[Section]) -> list[RenderableType]:
         grid.add_column(style="bold", no_wrap=True)
         grid.add_column(overflow="fold")
         for label, key in (("prompt", "prompt"), ("SFT", "sft"), ("PPO", "ppo")):
-            grid.add_row(label, _printable(str(sample.get(key, "")).strip()))
+            grid.add_row(label, printable(str(sample.get(key, "")).strip()))
         views += ["", grid]
     return [*views, ""] if views else views
 
 
-def _printable(text: str) -> Text:
+def printable(text: str) -> Text:
     """A model may write anything, also what a terminal would obey."""
     return Text("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))
 

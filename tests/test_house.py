@@ -26,6 +26,7 @@ LIGHT_MODULES = [
     "align.statistics",
     "align.intake",
     "align.check",
+    "align.inspect_view",
     "align.cli",
     "align.pipeline",
     "data.records",
@@ -34,6 +35,9 @@ LIGHT_MODULES = [
     "data.splits",
     "data.rejects",
     "data.tokenization",
+    "data.ingestion.counters",
+    "data.ingestion.parts",
+    "data.ingestion.inspection",
 ]
 
 

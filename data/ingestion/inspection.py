@@ -1,0 +1,281 @@
+"""What is in a verified data set: counts, lengths, biases and a few rows, from one pass over its shards.
+
+Memory does not grow with the rows: one batch is held at a time, and of what went before only bounded counters
+(`data.ingestion.counters`) and the records of at most three rows a split.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any, cast
+
+from align.artifacts import MANIFEST, read_artifact, read_json
+from align.errors import ArtifactError
+from align.statistics import wilson_interval
+from data.ingestion.counters import Distribution, Histogram, PromptCounter, PromptCounts
+from data.ingestion.parts import Part, encoded_parts, part_lengths, plain_parts, text_runs, token_runs
+from data.records import Comparison, Demonstration, Message, PlainText, Prompt, Record, Verdict
+from data.splits import normalized_prompt
+from data.tokenization import Codec, EncodingError, OnProgress
+
+_COLUMNS = {
+    "comparison": ("prompt", "chosen", "rejected", "margin", "preference"),
+    "verdict": ("prompt", "completion", "label"),
+    "demonstration": ("messages", "text"),
+    "prompt": ("prompt",),
+}
+_COMMON_COLUMNS = ("source", "line", "content_hash")
+_NUM_EXAMPLES = 3
+_EXCERPT = 80  # characters of a prompt that occurs twice
+
+
+@dataclass(frozen=True)
+class Share:
+    count: int
+    total: int
+    share: float | None  # None where there is nothing to have a share of
+    interval: tuple[float, float] | None  # 95 %, Wilson
+
+    @staticmethod
+    def of(count: int, total: int) -> "Share":
+        return Share(count, total, *((count / total, wilson_interval(count, total)) if total else (None, None)))
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    name: str
+    shape: str  # the format that its rows had
+    rows_in: int
+    kept: int
+    rejected: int
+    splits: Mapping[str, int]  # rows in each
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What the folder's own account says, and the rows that were found."""
+
+    kind: str
+    content_hash: str
+    rows_in: int
+    kept: int
+    rejected: Mapping[str, int]  # by reason
+    splits: Mapping[str, int]
+    sources: tuple[SourceRows, ...]
+
+
+@dataclass(frozen=True)
+class Margins:
+    rows: int  # that have one
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Example:
+    split: str
+    source: str
+    content_hash: str
+    parts: tuple[Part, ...]
+    refusal: str | None  # why the codec could not encode it; its parts are then as without a codec
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Units are "characters" (of contents, without the template) and, with a codec, "tokens" (with it)."""
+
+    contents: Contents
+    turns: Mapping[int, int]  # how many rows have so many prompt turns, the system's left out; 0: plain text
+    with_system: int  # rows that bring a system message
+    lengths: Mapping[str, Mapping[str, Distribution]]  # by unit and part; "row": the prompt and its longest response
+    max_length: int | None
+    over_length: Share | None  # rows of more than max_length tokens; None without one
+    not_encodable: Mapping[str, int]  # by reason; these rows are not in "tokens"
+    length_bias: Mapping[str, Share]  # by unit: the longer one is preferred, of pairs that differ and are no tie
+    ties: Share | None  # comparisons only
+    preferred_rejected: int  # comparisons with a preference under 0.5
+    margins: Margins | None  # None also if no row has one
+    labels: Share | None  # verdicts only: the good ones
+    prompts: PromptCounts
+    examples: tuple[Example, ...]
+
+
+def inspect_dataset(
+    folder: Path, *, codec: Codec | None, max_length: int | None = None, on_progress: OnProgress | None = None
+) -> Inspection:
+    """Verify the folder, then read all of it. ArtifactError if it is no data set, or not as it was written."""
+    content_hash, described, account = _verified(folder)
+    splits = cast(Mapping[str, int], described["splits"])
+    tally = _Tally(str(described["kind"]), codec, max_length)
+    done, total = 0, sum(splits.values())
+    for split in splits:
+        for path in sorted(folder.glob(f"{split}-*.parquet")):
+            for rows in _batches(path, tally.kind):
+                for row in rows:
+                    tally.add(split, row)
+                done += len(rows)
+                if on_progress is not None:
+                    on_progress(done, total)
+    found = {split: sum(count for (where, _), count in tally.rows.items() if where == split) for split in splits}
+    if found != splits:
+        raise ArtifactError(f"{folder}: dataset.json speaks of {splits}, its shards hold {found} rows; ingest again")
+    shapes = cast(Mapping[str, str], described["shapes"])
+    counts = cast(Mapping[str, Mapping[str, int]], account["sources"])
+    sources = tuple(
+        SourceRows(
+            name, shapes.get(name, ""), n["rows_in"], n["kept"], n["rejected"], {s: tally.rows[s, name] for s in splits}
+        )
+        for name, n in counts.items()
+    )
+    total_counts = account["rows_in"], account["kept"], account["rejected"]
+    return tally.inspection(Contents(tally.kind, content_hash, *total_counts, found, sources))
+
+
+def _verified(folder: Path) -> tuple[str, Mapping[str, Any], Mapping[str, Any]]:
+    """(content hash, dataset.json, account.json)"""
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is no folder that exists; give the one that `align ingest --to` wrote")
+    missing = [name for name in (MANIFEST, "dataset.json", "account.json") if not (folder / name).is_file()]
+    if missing:
+        raise ArtifactError(f"{folder} is not a data set of `align ingest`: it holds no {' and no '.join(missing)}")
+    try:
+        artifact = read_artifact(folder)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}: ingest the sources again (`align ingest`)") from None
+    described, account = (cast(dict[str, Any], read_json(folder / f"{name}.json")) for name in ("dataset", "account"))
+    if artifact.kind != "dataset" or described.get("kind") not in _COLUMNS:
+        what = f"it is of kind {artifact.kind!r}, its rows are of kind {described.get('kind')!r}"
+        raise ArtifactError(f"{folder} is not a data set that this align knows: {what}; ingest again")
+    return artifact.content_hash, described, account
+
+
+def _batches(path: Path, kind: str) -> Iterator[list[dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = [*_COLUMNS[kind], *_COMMON_COLUMNS]
+    try:
+        with pq.ParquetFile(path) as file:
+            if missing := set(columns) - set(file.schema_arrow.names):
+                raise ArtifactError(f"{path} has no column {', '.join(sorted(missing))}; ingest again")
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                yield batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}; ingest again") from error
+
+
+def _record(kind: str, row: Mapping[str, Any]) -> Record:
+    source = f"{row['source']}:{row['line']}"
+    messages = row["messages" if kind == "demonstration" else "prompt"]
+    turns = tuple(Message(message["role"], message["content"]) for message in messages or ())
+    if kind == "demonstration":
+        return Demonstration(turns, source) if turns else PlainText(row["text"], source)
+    if kind == "comparison":
+        preference = 1.0 if row["preference"] is None else row["preference"]
+        return Comparison(turns, row["chosen"], row["rejected"], source, row["margin"], preference)
+    return Verdict(turns, row["completion"], row["label"], source) if kind == "verdict" else Prompt(turns, source)
+
+
+def _prompt_turns(record: Record) -> tuple[Message, ...]:
+    """What comes before the answer, of a demonstration the last one."""
+    match record:
+        case Demonstration(messages):
+            return messages[:-1]
+        case Comparison(turns) | Verdict(turns) | Prompt(turns):
+            return turns
+        case PlainText():
+            return ()
+
+
+class _Tally:
+    """Everything counted so far."""
+
+    def __init__(self, kind: str, codec: Codec | None, max_length: int | None) -> None:
+        self.kind = kind
+        self.rows: Counter[tuple[str, str]] = Counter()  # (split, source)
+        self._codec, self._max_length = codec, max_length
+        self._counts: Counter[str] = Counter()
+        self._turns: Counter[int] = Counter()
+        self._refused: Counter[str] = Counter()
+        self._lengths: dict[str, dict[str, Histogram]] = {"characters": {}} | ({"tokens": {}} if codec else {})
+        self._margins = Margins(0, 0.0, float("inf"), float("-inf"))
+        self._prompts = PromptCounter()
+        self._firsts: dict[str, list[tuple[str, str, Record]]] = {}  # by split: (content hash, source, record)
+
+    def add(self, split: str, row: Mapping[str, Any]) -> None:
+        record = _record(self.kind, row)
+        self.rows[split, row["source"]] += 1
+        turns = _prompt_turns(record)
+        self._turns[sum(turn.role != "system" for turn in turns)] += 1
+        self._counts["with system"] += any(turn.role == "system" for turn in turns)
+        asked = record.text if isinstance(record, PlainText) else turns[-1].content
+        self._prompts.add(normalized_prompt(record), asked[:_EXCERPT])
+        self._measure("characters", record, part_lengths(text_runs(record)))
+        if self._codec is not None:
+            try:
+                self._measure("tokens", record, part_lengths(token_runs(self._codec, record)))
+            except EncodingError as error:
+                self._refused[error.reason] += 1
+        if isinstance(record, Comparison):
+            self._counts["ties"] += record.preference == 0.5
+            self._counts["preferred rejected"] += record.preference < 0.5
+            self._add_margin(record.margin)
+        self._counts["good"] += isinstance(record, Verdict) and record.is_good
+        firsts = [*self._firsts.get(split, ()), (str(row["content_hash"]), record.source, record)]
+        self._firsts[split] = sorted(firsts, key=lambda first: first[:2])[:_NUM_EXAMPLES]
+
+    def _measure(self, unit: str, record: Record, lengths: Mapping[str, int]) -> None:
+        row = lengths.get("prompt", 0) + max((n for name, n in lengths.items() if name != "prompt"), default=0)
+        for name, length in {**lengths, "row": row}.items():
+            self._lengths[unit].setdefault(name, Histogram()).add(length)
+        if unit == "tokens" and self._max_length is not None:
+            self._counts["over length"] += row > self._max_length
+        if isinstance(record, Comparison) and record.preference != 0.5 and lengths["chosen"] != lengths["rejected"]:
+            is_chosen_longer = lengths["chosen"] > lengths["rejected"]
+            self._counts[f"{unit}: differ"] += 1
+            self._counts[f"{unit}: longer preferred"] += is_chosen_longer == (record.preference > 0.5)
+
+    def _add_margin(self, margin: float | None) -> None:
+        if margin is not None:
+            old, rows = self._margins, self._margins.rows + 1
+            mean = old.mean + (margin - old.mean) / rows
+            self._margins = Margins(rows, mean, min(old.low, margin), max(old.high, margin))
+
+    def inspection(self, contents: Contents) -> Inspection:
+        counts, total, is_pairs = self._counts, self.rows.total(), self.kind == "comparison"
+        bias = {u: Share.of(counts[f"{u}: longer preferred"], counts[f"{u}: differ"]) for u in self._lengths}
+        has_limit = self._max_length is not None and self._codec is not None
+        return Inspection(
+            contents=contents,
+            turns=dict(sorted(self._turns.items())),
+            with_system=counts["with system"],
+            lengths={u: {name: h.distribution() for name, h in parts.items()} for u, parts in self._lengths.items()},
+            max_length=self._max_length,
+            over_length=Share.of(counts["over length"], total - self._refused.total()) if has_limit else None,
+            not_encodable=dict(sorted(self._refused.items())),
+            length_bias=bias if is_pairs else {},
+            ties=Share.of(counts["ties"], total) if is_pairs else None,
+            preferred_rejected=counts["preferred rejected"],
+            margins=self._margins if self._margins.rows else None,
+            labels=Share.of(counts["good"], total) if self.kind == "verdict" else None,
+            prompts=self._prompts.result(),
+            examples=self._examples(),
+        )
+
+    def _examples(self) -> tuple[Example, ...]:
+        """In turn from each split, by content hash: the same rows whatever the order and the number of shards."""
+        labelled = ([(split, *first) for first in firsts] for split, firsts in self._firsts.items())
+        rounds = [first for together in zip_longest(*labelled) for first in together if first is not None]
+        examples: list[Example] = []
+        for split, content_hash, source, record in rounds[:_NUM_EXAMPLES]:
+            refusal, parts = None, plain_parts(record)
+            if self._codec is not None:
+                try:
+                    parts = encoded_parts(self._codec, record)
+                except EncodingError as error:
+                    refusal = f"{error.reason}: {error.detail}"
+            examples.append(Example(split, source, content_hash, parts, refusal))
+        return tuple(examples)
