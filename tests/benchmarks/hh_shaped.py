@@ -16,12 +16,12 @@ from pathlib import Path
 
 PAIRS = 104_040
 BYTES = 151_000_000  # of that many pairs, within 1 %
-LONG_PROMPT = 120  # words: one of them changed leaves at least 91 % of the shingles of five words of every side
+LONG = 120  # words: one of so many changed leaves a Jaccard similarity of shingles of five words of 0.91 or more
 ROWS_OF_A_CONTRADICTION = 2  # neither A > B nor B > A is kept: nothing says which of them is the mistake
 
 _EXCHANGES = (33, 25, 20, 16, 6)  # in a hundred transcripts, those of 1, 2, 3, 4 and 5 exchanges
 _QUESTION = (log(11.0), 0.75, 6)  # of the words in a turn: the mean and deviation of the logarithm; the fewest
-_ANSWER = (log(21.9), 0.85, 3)
+_ANSWER = (log(21.4), 0.85, 3)
 _LONGEST = 400  # words in a turn
 _POOL = 1 << 17  # drawing from a list in which a word stands as often as it should is faster than weights
 
@@ -61,7 +61,7 @@ class Planted:
     identical_pairs: int  # both sides are the same
     exact_duplicates: int  # the bytes of an earlier row
     contradictory_pairs: int  # an earlier row with its sides exchanged; both rows are counted by `rejected`
-    near_duplicates: int  # an earlier row with a few words of its prompt changed; counted apart
+    near_duplicates: int  # an earlier row with a few words of its prompt and of both answers changed; counted apart
     empty_responses: int  # one side ends after "Assistant:"
     malformed_lines: int  # cut short, not UTF-8, or no object
 
@@ -69,7 +69,7 @@ class Planted:
     def rejected(self) -> dict[str, int]:
         """How many rows must be rejected for each reason, however the near duplicates are treated."""
         return {
-            "contradictory pair": ROWS_OF_A_CONTRADICTION * self.contradictory_pairs,
+            "contradictory": ROWS_OF_A_CONTRADICTION * self.contradictory_pairs,
             "empty response": self.empty_responses,
             "exact duplicate": self.exact_duplicates,
             "identical pair": self.identical_pairs,
@@ -132,21 +132,23 @@ def _places(planted: Planted, seed: int) -> dict[int, _Defect]:
 
 
 def _row(number: int, seed: int, *, is_long: bool) -> _Row:
-    """The clean row of this number: of nothing but it and the seed, so that a later row can be made of it again."""
+    """The clean row of this number: of nothing but it and the seed, so that a later row can be made of it again.
+    A long one has a first question and two answers of LONG words at least."""
     draw = random.Random(seed << 40 | number)
+    fewest = LONG if is_long else 0
     while True:
-        turns = draw.choices(range(1, len(_EXCHANGES) + 1), _EXCHANGES)[0]
-        prompt = f"\n\nHuman: {_turn(_QUESTION, '?', draw)}\n\nAssistant:"
-        for _ in range(turns - 1):
+        exchanges = draw.choices(range(1, len(_EXCHANGES) + 1), _EXCHANGES)[0]
+        prompt = f"\n\nHuman: {_turn(_QUESTION, '?', draw, fewest)}\n\nAssistant:"
+        for _ in range(exchanges - 1):
             prompt += f" {_turn(_ANSWER, '.', draw)}\n\nHuman: {_turn(_QUESTION, '.', draw)}\n\nAssistant:"
-        chosen, rejected = f" {_turn(_ANSWER, '.', draw)}", f" {_turn(_ANSWER, '.', draw)}"
-        if chosen != rejected and (not is_long or prompt.count(" ") >= LONG_PROMPT):
+        chosen, rejected = (f" {_turn(_ANSWER, '.', draw, fewest)}" for _ in range(2))
+        if chosen != rejected:
             return prompt, chosen, rejected
 
 
-def _turn(length: tuple[float, float, int], end: str, draw: random.Random) -> str:
+def _turn(length: tuple[float, float, int], end: str, draw: random.Random, at_least: int = 0) -> str:
     mean, deviation, fewest = length
-    words = min(_LONGEST, max(fewest, round(draw.lognormvariate(mean, deviation))))
+    words = min(_LONGEST, max(fewest, at_least, round(draw.lognormvariate(mean, deviation))))
     text = " ".join(draw.choices(_pool(), k=words))
     return text[0].upper() + text[1:].rstrip(".,") + end
 
@@ -200,10 +202,14 @@ def _contradiction(row: _Row, draw: random.Random) -> bytes:
 
 
 def _near_duplicate(row: _Row, draw: random.Random) -> bytes:
-    """One word of the prompt changed for every LONG_PROMPT of them."""
-    prompt, chosen, rejected = row
-    words = prompt.split(" ")
-    places = [place for place, word in enumerate(words) if word.isalpha()]
-    for place in draw.sample(places, len(words) // LONG_PROMPT):
+    """One word changed for every LONG of them, in the prompt and in each answer."""
+    prompt, chosen, rejected = (_altered(text, draw) for text in row)
+    return _line(prompt, chosen, rejected)
+
+
+def _altered(text: str, draw: random.Random) -> str:
+    words = text.split(" ")
+    places = [place for place, word in enumerate(words) if word.isalpha()]  # no "Human:", no ends of sentences
+    for place in draw.sample(places, len(words) // LONG):
         words[place] = next(word for word in draw.sample(_words(), 2) if word != words[place])
-    return _line(" ".join(words), chosen, rejected)
+    return " ".join(words)

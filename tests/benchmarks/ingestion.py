@@ -28,7 +28,7 @@ RESULTS = Path(__file__).parent / "results" / "ingestion.json"
 REPEATS = 2
 CORES = os.cpu_count() or 1
 NEAR = ["--near", "0.8"]
-NEAR_REASON = "near duplicate"
+NEAR_REASONS = ("near duplicate", "prompt is nearly held out")  # the second: of a row whose double is held out
 TOKENS = ["--tokenizer", "embedded", "--max-length", "1024"]
 SPEED_BAR, SPEED_GOAL = 2.0, 5.0
 MEMORY_BAR = 500e6  # bytes
@@ -167,7 +167,7 @@ def account_bars(planted: Planted, accounts: dict[str, Account]) -> list[Bar]:
     bars: list[Bar] = []
     for name in ("exact", "near"):
         account = accounts[name]
-        found = {reason: count for reason, count in account["rejected"].items() if reason != NEAR_REASON}
+        found = {reason: count for reason, count in account["rejected"].items() if reason not in NEAR_REASONS}
         is_whole = account["rows_in"] == planted.pairs == account["kept"] + sum(account["rejected"].values())
         bars.append(Bar(f"{name}: the rows add up", f"{account['rows_in']} in, {account['kept']} kept", is_whole))
         wrong = {
@@ -176,13 +176,19 @@ def account_bars(planted: Planted, accounts: dict[str, Account]) -> list[Bar]:
             if found.get(reason) != planted.rejected.get(reason)
         }
         bars.append(Bar(f"{name}: the planted defects are found", str(wrong or "all, exactly"), not wrong))
-    near = accounts["near"]["rejected"].get(NEAR_REASON, 0)
+    unasked, near = (
+        sum(accounts[name]["rejected"].get(reason, 0) for reason in NEAR_REASONS) for name in ("exact", "near")
+    )
+    bars.append(Bar("exact: near duplicates are kept", f"{unasked} rejected", unasked == 0))
     # No two rows are alike but those planted: more of them would be clean rows lost, and would flatter the recall.
     is_held = RECALL_BAR * planted.near_duplicates <= near <= planted.near_duplicates
-    bars.append(Bar(f"near: {RECALL_BAR:.0%} of the near duplicates, and nothing else",
-                    f"{near} of {planted.near_duplicates}", is_held))  # fmt: skip
-    unasked = accounts["exact"]["rejected"].get(NEAR_REASON, 0)
-    bars.append(Bar("exact: near duplicates are kept", f"{unasked} rejected", unasked == 0))
+    bars.append(
+        Bar(
+            f"near: {RECALL_BAR:.0%} of the near duplicates, and nothing else",
+            f"{near} of {planted.near_duplicates}",
+            is_held,
+        )
+    )
     return bars
 
 
