@@ -21,7 +21,7 @@ ROWS_OF_A_CONTRADICTION = 2  # neither A > B nor B > A is kept: nothing says whi
 
 _EXCHANGES = (33, 25, 20, 16, 6)  # in a hundred transcripts, those of 1, 2, 3, 4 and 5 exchanges
 _QUESTION = (log(11.0), 0.75, 6)  # of the words in a turn: the mean and deviation of the logarithm; the fewest
-_ANSWER = (log(21.5), 0.85, 3)
+_ANSWER = (log(21.4), 0.85, 3)
 _LONGEST = 400  # words in a turn
 _POOL = 1 << 17  # drawing from a list in which a word stands as often as it should is faster than weights
 

@@ -1,8 +1,6 @@
 """The quickstart over three seeds, as a user runs it, held against its bars."""
 
 import json
-import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,6 +9,8 @@ from statistics import fmean
 
 from rich.console import Console
 from rich.table import Table
+
+from tests.benchmarks.machine import describe_machine
 
 SEEDS = (0, 1, 2)
 RESULTS = Path(__file__).parent / "results" / "quickstart.json"
@@ -63,13 +63,8 @@ def run(root: Path) -> int:
         rows[title] = {"name": name, "seeds": values, "mean": fmean(values), "held": held}
         table.add_row(title, *(f"{v:.3f}" for v in values), f"{fmean(values):.3f}", "yes" if held else "NO")
     Console().print(table)
-    result = {"machine": _machine(), "rows": rows, "summaries": summaries}
+    result = {"machine": describe_machine(), "rows": rows, "summaries": summaries}
     print(json.dumps(rows))
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return 1 if missed else 0
-
-
-def _machine() -> dict[str, object]:
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {"cpu": models[0].split(":")[1].strip(), "cores": os.cpu_count(), "python": platform.python_version()}
