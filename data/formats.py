@@ -216,7 +216,8 @@ def as_text(value: object, field: str) -> str:
     if not isinstance(value, str):
         raise UnfitError("wrong type", field, f"{shorten(value)}, not a string")
     try:
-        value.encode()
+        if not value.isascii():
+            value.encode()
     except UnicodeEncodeError as error:  # a lone surrogate is valid JSON, but no tokenizer takes it
         raise UnfitError("malformed", field, shorten(str(error))) from None
     return value

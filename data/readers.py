@@ -24,7 +24,7 @@ Row = Mapping[str, object]
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = ("", ".gz", ".zst")
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 4 << 20
 _BOM = b"\xef\xbb\xbf"
 _BETWEEN_ELEMENTS = re.compile(r"[ \t\r\n,]*")
 _PIECE = 1 << 20  # characters of a JSON array read at a time

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import cast
 
 from align.config import SourceConfig
 from align.errors import DataError, UsageError
@@ -128,4 +129,4 @@ def kind_of(pieces: Sequence[Piece]) -> RecordKind:
     if len(kinds) > 1:
         told = "; ".join(f"{name} holds {kind}s" for kind, name in kinds.items())
         raise DataError(f"a data set is of one kind: {told}. Ingest them into data sets of their own")
-    return next(iter(kinds)) if kinds else _NO_SHAPE.kind
+    return cast(RecordKind, next(iter(kinds), _NO_SHAPE.kind))

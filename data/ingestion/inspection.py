@@ -5,28 +5,23 @@ Memory does not grow with the rows: one batch is held at a time, and of what wen
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
-from align.artifacts import MANIFEST, read_artifact, read_json
+from align.artifacts import read_artifact, read_json
 from align.errors import ArtifactError
 from align.statistics import wilson_interval
+from data.formats import parse_row
 from data.ingestion.counters import Distribution, Histogram, PromptCounter, PromptCounts
 from data.ingestion.parts import Part, encoded_parts, part_lengths, plain_parts, text_runs, token_runs
-from data.records import Comparison, Demonstration, Message, PlainText, Prompt, Record, Verdict
+from data.records import Comparison, Demonstration, Message, PlainText, Prompt, Record, RecordKind, Reject, Verdict
+from data.sources import has_split, is_dataset, iterate_rows
 from data.splits import normalized_prompt
 from data.tokenization import Codec, EncodingError, OnProgress
 
-_COLUMNS = {
-    "comparison": ("prompt", "chosen", "rejected", "margin", "preference"),
-    "verdict": ("prompt", "completion", "label"),
-    "demonstration": ("messages", "text"),
-    "prompt": ("prompt",),
-}
-_COMMON_COLUMNS = ("source", "line", "content_hash")
 _NUM_EXAMPLES = 3
 _EXCERPT = 80  # characters of a prompt that occurs twice
 
@@ -109,74 +104,48 @@ def inspect_dataset(
     """Verify the folder, then read all of it. ArtifactError if it is no data set, or not as it was written."""
     content_hash, described, account = _verified(folder)
     splits = cast(Mapping[str, int], described["splits"])
-    tally = _Tally(str(described["kind"]), codec, max_length)
+    tally = _Tally(described["kind"], codec, max_length)
     done, total = 0, sum(splits.values())
     for split in splits:
-        for path in sorted(folder.glob(f"{split}-*.parquet")):
-            for rows in _batches(path, tally.kind):
-                for row in rows:
-                    tally.add(split, row)
-                done += len(rows)
-                if on_progress is not None:
-                    on_progress(done, total)
-    found = {split: sum(count for (where, _), count in tally.rows.items() if where == split) for split in splits}
-    if found != splits:
-        raise ArtifactError(f"{folder}: dataset.json speaks of {splits}, its shards hold {found} rows; ingest again")
+        for _, row in iterate_rows(folder, limit=None, split=split) if has_split(folder, split) else ():
+            tally.add(split, cast(Mapping[str, Any], row))
+            done += 1
+            if on_progress is not None and (done % 1024 == 0 or done == total):
+                on_progress(done, total)
     shapes = cast(Mapping[str, str], described["shapes"])
-    counts = cast(Mapping[str, Mapping[str, int]], account["sources"])
     sources = tuple(
         SourceRows(
-            name, shapes.get(name, ""), n["rows_in"], n["kept"], n["rejected"], {s: tally.rows[s, name] for s in splits}
+            name,
+            shapes.get(name, ""),
+            own["rows_in"],
+            own["kept"],
+            sum(own["rejected"].values()),
+            {split: tally.rows[split, name] for split in splits},
         )
-        for name, n in counts.items()
+        for name, own in cast(Mapping[str, Mapping[str, Any]], account["sources"]).items()
     )
     total_counts = account["rows_in"], account["kept"], account["rejected"]
-    return tally.inspection(Contents(tally.kind, content_hash, *total_counts, found, sources))
+    return tally.inspection(Contents(tally.kind, content_hash, *total_counts, splits, sources))
 
 
 def _verified(folder: Path) -> tuple[str, Mapping[str, Any], Mapping[str, Any]]:
     """(content hash, dataset.json, account.json)"""
-    if not folder.is_dir():
-        raise ArtifactError(f"{folder} is no folder that exists; give the one that `align ingest --to` wrote")
-    missing = [name for name in (MANIFEST, "dataset.json", "account.json") if not (folder / name).is_file()]
-    if missing:
-        raise ArtifactError(f"{folder} is not a data set of `align ingest`: it holds no {' and no '.join(missing)}")
+    if not is_dataset(folder):
+        what = "a folder without dataset.json" if folder.is_dir() else "no folder that exists"
+        raise ArtifactError(f"{folder} is not a data set of `align ingest`, but {what}")
     try:
         artifact = read_artifact(folder)
     except ArtifactError as error:
         raise ArtifactError(f"{error}: ingest the sources again (`align ingest`)") from None
     described, account = (cast(dict[str, Any], read_json(folder / f"{name}.json")) for name in ("dataset", "account"))
-    if artifact.kind != "dataset" or described.get("kind") not in _COLUMNS:
-        what = f"it is of kind {artifact.kind!r}, its rows are of kind {described.get('kind')!r}"
-        raise ArtifactError(f"{folder} is not a data set that this align knows: {what}; ingest again")
     return artifact.content_hash, described, account
 
 
-def _batches(path: Path, kind: str) -> Iterator[list[dict[str, Any]]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    columns = [*_COLUMNS[kind], *_COMMON_COLUMNS]
-    try:
-        with pq.ParquetFile(path) as file:
-            if missing := set(columns) - set(file.schema_arrow.names):
-                raise ArtifactError(f"{path} has no column {', '.join(sorted(missing))}; ingest again")
-            for batch in file.iter_batches(batch_size=1024, columns=columns):
-                yield batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}; ingest again") from error
-
-
-def _record(kind: str, row: Mapping[str, Any]) -> Record:
-    source = f"{row['source']}:{row['line']}"
-    messages = row["messages" if kind == "demonstration" else "prompt"]
-    turns = tuple(Message(message["role"], message["content"]) for message in messages or ())
-    if kind == "demonstration":
-        return Demonstration(turns, source) if turns else PlainText(row["text"], source)
-    if kind == "comparison":
-        preference = 1.0 if row["preference"] is None else row["preference"]
-        return Comparison(turns, row["chosen"], row["rejected"], source, row["margin"], preference)
-    return Verdict(turns, row["completion"], row["label"], source) if kind == "verdict" else Prompt(turns, source)
+def _record(kind: RecordKind, row: Mapping[str, Any]) -> Record:
+    record = parse_row(row, f"{row['source']}:{row['line']}", kind)
+    if isinstance(record, Reject):
+        raise ArtifactError(f"{record.source} is no {kind} ({record.reason}), which an older align may have let in")
+    return record
 
 
 def _prompt_turns(record: Record) -> tuple[Message, ...]:
@@ -193,7 +162,7 @@ def _prompt_turns(record: Record) -> tuple[Message, ...]:
 class _Tally:
     """Everything counted so far."""
 
-    def __init__(self, kind: str, codec: Codec | None, max_length: int | None) -> None:
+    def __init__(self, kind: RecordKind, codec: Codec | None, max_length: int | None) -> None:
         self.kind = kind
         self.rows: Counter[tuple[str, str]] = Counter()  # (split, source)
         self._codec, self._max_length = codec, max_length

@@ -100,7 +100,7 @@ def failed(*arguments: str | Path) -> str:
 
 
 def test_what_cannot_be_inspected_is_one_message_and_exit_code_2(folder: Path, tmp_path: Path) -> None:
-    assert "error: nowhere is no folder that exists" in failed("nowhere")
+    assert "error: nowhere is not a data set of `align ingest`, but no folder that exists" in failed("nowhere")
     assert "is not a data set of `align ingest`" in failed(tmp_path)
     assert "error: --tokenizer: './nowhere' is not a folder that exists" in failed(folder, "--tokenizer", "./nowhere")
     assert "give --tokenizer, too" in failed(folder, "--max-length", "9")

@@ -39,8 +39,11 @@ def write_dataset(
     splits = {"train": rows[: len(train)], "held_out": rows[len(train) :]}
     kept = Counter(row["source"] for row in rows) or Counter({"a.jsonl": 0})
     first = next(iter(kept))
-    counts = {name: {"rows_in": n + rejected * (name == first), "kept": n, "rejected": rejected * (name == first)}
-              for name, n in kept.items()}  # fmt: skip
+    reasons = {"empty response": rejected} if rejected else {}
+    counts = {
+        name: {"rows_in": n + rejected * (name == first), "kept": n, "rejected": reasons if name == first else {}}
+        for name, n in kept.items()
+    }
 
     def fill(folder: Path) -> None:
         for split, its_rows in splits.items():
@@ -52,7 +55,6 @@ def write_dataset(
         shapes = dict.fromkeys(kept, "prompt, chosen, rejected")
         sizes = {split: len(its_rows) for split, its_rows in splits.items()}
         _write(folder / "dataset.json", {"kind": kind, "shapes": shapes, "splits": sizes, "settings": {}})
-        reasons = {"empty response": rejected} if rejected else {}
         account = {"rows_in": len(rows) + rejected, "kept": len(rows), "rejected": reasons, "sources": counts}
         _write(folder / "account.json", account)
         (folder / "datacard.md").write_text("# a data set\n")
