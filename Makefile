@@ -35,6 +35,7 @@ test-gpu: venv ## the tests that need a GPU
 bars: venv ## every benchmark, held against its bars (some 70 minutes; each alone: python -m tests.benchmarks NAME)
 	$(BIN)/python -m tests.benchmarks trl-parity
 	$(BIN)/python -m tests.benchmarks ensemble-cost
+	$(BIN)/python -m tests.benchmarks ingestion
 	$(BIN)/python -m tests.benchmarks learning-parity
 	$(BIN)/python -m tests.benchmarks quickstart
 
