@@ -57,6 +57,7 @@ def shorten(value: object) -> str:
         line = " ".join((value if isinstance(value, str) else repr(value)).split())
     except RecursionError:  # json reads lists nested deeper than repr, called from further down the stack, can write
         line = f"a deeply nested {type(value).__name__}"
+    line = line.encode("utf-8", errors="backslashreplace").decode()  # lone surrogates
     return line if len(line) <= _DETAIL_LENGTH else line[: _DETAIL_LENGTH - 1] + "…"
 
 

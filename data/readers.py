@@ -103,17 +103,18 @@ def decode(raw: RawRow) -> Row | Damage:
     if not isinstance(raw.content, bytes):
         return raw.content
     try:
-        row: object = json.loads(raw.content)
+        row: object = json.loads(raw.content.decode())  # of bytes, json would take UTF-16, too
     except (ValueError, RecursionError) as error:  # ValueError covers JSON, UTF-8 and over-long integers
         return Damage(f"{error}: {raw.content[:40]!r}")
     return cast(Row, row) if isinstance(row, dict) else Damage(f"no object: {raw.content[:40]!r}")
 
 
 def as_text(content: bytes | Row | Damage) -> str:
-    """The row whole, as it is kept beside the reason for its rejection."""
+    """The row whole, as it is kept beside the reason for its rejection; what is no UTF-8 as escapes."""
     if isinstance(content, bytes):
         return content.decode("utf-8", errors="backslashreplace")
-    return content.detail if isinstance(content, Damage) else json.dumps(content, ensure_ascii=False, default=str)
+    text = content.detail if isinstance(content, Damage) else json.dumps(content, ensure_ascii=False, default=str)
+    return text.encode("utf-8", errors="backslashreplace").decode()
 
 
 def count_rows(chunk: Chunk) -> int:
@@ -229,7 +230,7 @@ def _row_groups(path: Path, chunk_bytes: int) -> list[tuple[int, int]]:
     try:
         with pq.ParquetFile(path) as file:
             sizes = [file.metadata.row_group(n).total_byte_size for n in range(file.num_row_groups)]
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are no UTF-8
         raise DataError(f"{path} is no Parquet file, or is damaged: {error}") from None
     borders, filled = [0], 0
     for number, size in enumerate(sizes):
@@ -248,5 +249,5 @@ def _parquet_rows(chunk: Chunk) -> Iterator[RawRow]:
                 for row in cast(list[Row], batch.to_pylist()):
                     number += 1
                     yield RawRow(number, row)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         yield RawRow(number + 1, Damage(f"the file is damaged here: {error}", ends_file=True))

@@ -54,17 +54,15 @@ def find_pieces(asked: Asked, scratch: Path, note: Callable[[str], None]) -> lis
     asked.check()
     forced = SHAPES[asked.shape] if asked.shape else None
     if asked.columns:
-        forced = mapped(dict(asked.columns), where="--map")
+        forced = mapped(dict(asked.columns))
     named = [(n, False, source) for n, source in enumerate(asked.sources)]
     named += [(len(asked.sources) + n, True, source) for n, source in enumerate(asked.held_out)]
     pieces: list[Piece] = []
     for number, is_held_out, source in named:
         for name, path in _files(source, scratch):
             chunks = cut(path)
-            if not chunks:
-                note(f"warning: {name} is empty")
             file = SourceFile(name, number, forced or _detect(name, chunks), is_held_out)
-            note(f"{name}: {file.shape.name}")
+            note(f"{name}: {file.shape.name}" if chunks else f"warning: {name} is empty")
             pieces += [Piece(len(pieces) + n, file, chunk, scratch) for n, chunk in enumerate(chunks)]
     if not pieces:
         raise DataError("all sources are empty")

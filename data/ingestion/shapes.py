@@ -47,7 +47,7 @@ def detect(rows: Sequence[Row], *, where: str) -> Shape:
     raise DataError(f"{where}: {what}. Keys found: {keys}. {remedy}. Shapes known:{known}")
 
 
-def mapped(columns: Mapping[str, str], *, where: str) -> Shape:
+def mapped(columns: Mapping[str, str]) -> Shape:
     """The shape of flat rows whose columns the user names: target to raw column, or to several ("a+b") for a prompt.
 
     Targets: those of a canonical row, or for a pair in no order `first` and `second` with `better` (0 or the first's
@@ -56,11 +56,11 @@ def mapped(columns: Mapping[str, str], *, where: str) -> Shape:
     given = set(columns)
     kinds: list[RecordKind] = [kind for needed, optional, kind in flat.TARGETS if needed <= given <= needed | optional]
     if not kinds:
-        raise DataError(f"{where}: --map names {_listed(given) or 'nothing'}; it takes one of: {_known_targets()}")
+        raise DataError(f"--map names {_listed(given) or 'nothing'}; it takes one of: {_known_targets()}")
     for target, source in columns.items():
         parts = flat.split_columns(source)
         if not all(parts) or (len(parts) > 1 and target != "prompt"):
-            raise DataError(f"{where}: --map {target}={source}: wanted one column (a prompt may have several: a+b)")
+            raise DataError(f"--map {target}={source}: wanted one column (a prompt may have several: a+b)")
     named = {target: "+".join(flat.split_columns(source)) for target, source in columns.items()}
     looks_like = ", ".join(f"{target}={source}" for target, source in named.items())
     matches, convert = partial(flat.has_columns, named), partial(flat.from_columns, named)

@@ -57,4 +57,4 @@ def rows_of(shape: Shape) -> list[Row]:
     return sample(shape.name) if shape.name in SHAPES else [row for name in MAPS for row in table(name)]
 
 
-ALL_SHAPES = [*SHAPES.values(), *(mapped(columns, where="f") for columns in MAPS.values())]
+ALL_SHAPES = [*SHAPES.values(), *(mapped(columns) for columns in MAPS.values())]

@@ -15,8 +15,6 @@ import pytest
 from tests.benchmarks import hh_shaped
 from tests.data.ingestion.outcome import digests, start_ingestion
 
-pytest.importorskip("data.ingestion.run")
-
 PAIRS = 8000  # 11 MB: more than one piece, so that there are worker processes to be killed, too
 # Things that appear in the folder in which the data set is made: the pieces' place, the data set's, the data set.
 PHASES = 3

@@ -17,8 +17,6 @@ from hypothesis import strategies as st
 from tests.data.ingestion.mangled import BOM, BROKEN_LINES, MangledFile, good_row, mangled_files
 from tests.data.ingestion.outcome import check, ingest_files, kept_rows, rejects
 
-pytest.importorskip("data.ingestion.run")
-
 GOOD = [json.dumps(good_row(number)).encode() for number in range(20)]
 FUZZ = settings(
     deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]

@@ -20,7 +20,7 @@ def test_a_sample_is_detected_as_its_shape_and_its_rows_become_the_records_expec
 
 @pytest.mark.parametrize("name", MAPS)
 def test_a_table_becomes_the_records_expected_by_the_columns_named(name: str) -> None:
-    shape = mapped(MAPS[name], where="f")
+    shape = mapped(MAPS[name])
     assert outcomes(shape, table(name)) == EXPECTED_OF_TABLES[name]
     assert all(shape.matches(row) for row in table(name))
 
@@ -93,7 +93,7 @@ def test_only_the_first_hundred_rows_are_looked_at() -> None:
     ],
 )
 def test_the_targets_of_a_map_say_the_kind(targets: str, kind: str) -> None:
-    assert mapped(dict.fromkeys(targets.split(), "column"), where="f").kind == kind
+    assert mapped(dict.fromkeys(targets.split(), "column")).kind == kind
 
 
 @pytest.mark.parametrize(
@@ -107,14 +107,14 @@ def test_the_targets_of_a_map_say_the_kind(targets: str, kind: str) -> None:
     ],
 )
 def test_targets_that_make_no_record_are_an_error_that_lists_those_that_do(columns: dict[str, str], named: str) -> None:
-    with pytest.raises(DataError, match=rf"^f: --map names {named}; .*chosen, prompt, rejected \(and margin, pref"):
-        mapped(columns, where="f")
+    with pytest.raises(DataError, match=rf"^--map names {named}; .*chosen, prompt, rejected \(and margin, pref"):
+        mapped(columns)
 
 
 @pytest.mark.parametrize("columns", [{"prompt": ""}, {"prompt": "a+"}, {"text": "a+b"}])
 def test_a_target_is_made_of_one_column_or_a_prompt_of_several(columns: dict[str, str]) -> None:
     with pytest.raises(DataError, match="wanted one column"):
-        mapped(columns, where="f")
+        mapped(columns)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_target_is_made_of_one_column_or_a_prompt_of_several(columns: dict[str
     ],
 )
 def test_numbers_in_strings_are_numbers_and_bad_ones_are_unfit(cells: Row, expected: Expected) -> None:
-    shape = mapped({target: target for target in ("prompt", "chosen", "rejected", "margin", "preference")}, where="f")
+    shape = mapped({target: target for target in ("prompt", "chosen", "rejected", "margin", "preference")})
     assert outcomes(shape, [{"prompt": "Hi", "chosen": "Hello.", "rejected": "Go.", **cells}]) == [expected]
 
 
@@ -145,13 +145,13 @@ def test_numbers_in_strings_are_numbers_and_bad_ones_are_unfit(cells: Row, expec
     ],
 )
 def test_better_is_a_number_or_the_name_of_a_column(better: object, expected: str) -> None:
-    shape = mapped({"prompt": "p", "first": "a", "second": "b", "better": "c"}, where="f")
+    shape = mapped({"prompt": "p", "first": "a", "second": "b", "better": "c"})
     (row,) = shape.convert({"p": "Hi", "a": "one", "b": "two", "c": better})
     assert row["chosen"] == expected
 
 
 def test_better_as_true_is_unfit_since_it_could_mean_either() -> None:
-    shape = mapped({"prompt": "p", "first": "a", "second": "b", "better": "c"}, where="f")
+    shape = mapped({"prompt": "p", "first": "a", "second": "b", "better": "c"})
     with pytest.raises(UnfitError):
         shape.convert({"p": "Hi", "a": "one", "b": "two", "c": True})
 
