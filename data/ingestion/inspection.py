@@ -163,7 +163,7 @@ class _Tally:
     """Everything counted so far."""
 
     def __init__(self, kind: RecordKind, codec: Codec | None, max_length: int | None) -> None:
-        self.kind = kind
+        self.kind: RecordKind = kind
         self.rows: Counter[tuple[str, str]] = Counter()  # (split, source)
         self._codec, self._max_length = codec, max_length
         self._counts: Counter[str] = Counter()

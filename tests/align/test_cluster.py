@@ -1,11 +1,10 @@
 from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import ray
 
-from align.cluster import Asked, Cluster, Node, explain_shortage, is_in_ray_job, resources_to_ask
-from align.config import BaseModelConfig, ClusterConfig, Config
+from align.cluster import Asked, Node, connect, explain_shortage, is_in_ray_job, resources_to_ask
+from align.config import BaseModelConfig, ClusterConfig
 from align.errors import PlacementError
 
 CPU_NODE, GPU_NODE = Node(cpus=16, gpus=0), Node(cpus=8, gpus=2)
@@ -73,7 +72,7 @@ def test_a_ray_job_is_known_by_what_ray_sets(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(("failures", "calls"), [(1, 2), (2, 2)])
 def test_a_ray_that_is_slow_to_start_is_tried_once_more(
-    failures: int, calls: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    failures: int, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried: list[str] = []
 
@@ -85,8 +84,6 @@ def test_a_ray_that_is_slow_to_start_is_tried_once_more(
     monkeypatch.setattr(ray, "init", slow)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    config = Config.model_validate({"run": {"name": "r", "stages": ["sft"]}, "data": {"sft": {"train": "a.jsonl"}}})
-    cluster = Cluster(config, run=tmp_path, import_root=tmp_path, poll=lambda: None, command="align run")
     with nullcontext() if failures == 1 else pytest.raises(PlacementError, match="timed out during startup"):
-        cluster._connect()  # pyright: ignore[reportPrivateUsage]
+        connect("local")
     assert tried == ["local"] * calls
