@@ -87,7 +87,7 @@ def write_directory(
             temporary.rename(path)
         _fsync(path.parent)
     except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error}. Free space or choose another run.root.") from error
+        raise ArtifactError(f"cannot write {path}: {error}. Free space, or choose another place.") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return _as_artifact(path, meta)

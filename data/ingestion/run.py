@@ -1,17 +1,20 @@
 """`ingest`: sources are found and cut into pieces, each piece is sifted, the whole is decided, the data set written."""
 
+import gc
 import os
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
 from align.artifacts import Artifact, write_directory
-from align.errors import ArtifactError, DataError, UsageError
+from align.errors import ArtifactError, DataError, UsageError, WorkerError
 from data.ingestion.decide import decide
 from data.ingestion.find import Asked, describe, find_pieces, kind_of
 from data.ingestion.rules import RowRules, SetRules
@@ -85,6 +88,11 @@ def _clear_what_the_dead_left(to: Path) -> None:
             shutil.rmtree(left, ignore_errors=True)
 
 
+def _prepare_process() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    gc.disable()  # rows are made and dropped by the million, in no cycles: looking for some takes a tenth of the time
+
+
 def local_engine(processes: int) -> Engine:
     """Processes on this machine; none are started for a single piece."""
 
@@ -92,9 +100,14 @@ def local_engine(processes: int) -> Engine:
         if min(processes, len(pieces)) <= 1:
             yield from map(function, pieces)
             return
-        with ProcessPoolExecutor(min(processes, len(pieces)), mp_context=get_context("spawn")) as pool:
+        context = get_context("spawn")
+        with ProcessPoolExecutor(min(processes, len(pieces)), context, initializer=_prepare_process) as pool:
             try:
                 yield from pool.map(function, pieces)
+            except BrokenProcessPool:
+                raise WorkerError(
+                    "a process that read rows was killed; is there too little memory? Run again"
+                ) from None
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
