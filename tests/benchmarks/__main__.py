@@ -7,7 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-BENCHMARKS = ("ensemble-cost", "learning-parity", "overoptimisation", "quickstart", "trl-parity")
+BENCHMARKS = ("defaults", "ensemble-cost", "learning-parity", "overoptimisation", "quickstart", "trl-parity")
 
 
 def main() -> int:
