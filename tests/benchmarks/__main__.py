@@ -7,7 +7,15 @@ import sys
 import tempfile
 from pathlib import Path
 
-BENCHMARKS = ("ensemble-cost", "ingestion", "learning-parity", "overoptimisation", "quickstart", "trl-parity")
+BENCHMARKS = (
+    "defaults",
+    "ensemble-cost",
+    "ingestion",
+    "learning-parity",
+    "overoptimisation",
+    "quickstart",
+    "trl-parity",
+)
 
 
 def main() -> int:
