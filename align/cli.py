@@ -146,6 +146,8 @@ def inspect(
         if tokenizer is None and (system_prompt is not None or max_length is not None):
             raise UsageError("--system-prompt and --max-length are about tokens: give --tokenizer, too")
         _ours_only()
+        if html is not None and folder.resolve() in html.resolve().parents:
+            raise UsageError(f"--html {html}: a page inside {folder} would damage the data set; write it elsewhere")
         from align.inspect_view import inspection_view, write_page
         from align.show import late_progress, make_display, print_view
         from data.ingestion.inspection import inspect_dataset

@@ -16,6 +16,7 @@ from align.config import BaseModelConfig
 from align.driver import Display
 from align.errors import UsageError
 from align.installation import import_root
+from align.show import printable
 from align.status import Status
 from data.ingestion.find import Asked
 from data.ingestion.rules import TokenRule
@@ -118,5 +119,7 @@ def _view(account: dict[str, object], *, seconds: float) -> RenderableType:
     for name, own in (*sources.items(), *([("all", account)] if len(sources) > 1 else [])):
         rejected = cast(dict[str, int], own["rejected"])
         because = ", ".join(f"{reason} {count:,}" for reason, count in sorted(rejected.items(), key=lambda r: -r[1]))
-        table.add_row(name, f"{own['rows_in']:,}", f"{own['kept']:,}", f"{sum(rejected.values()):,}", because)
+        table.add_row(
+            printable(name), f"{own['rows_in']:,}", f"{own['kept']:,}", f"{sum(rejected.values()):,}", because
+        )
     return table

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import BufferedReader, TextIOWrapper
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -28,12 +28,14 @@ CHUNK_BYTES = 4 << 20
 _BOM = b"\xef\xbb\xbf"
 _BETWEEN_ELEMENTS = re.compile(r"[ \t\r\n,]*")
 _PIECE = 1 << 20  # characters of a JSON array read at a time
+_LONGEST = 256 << 20  # characters of one element: past it, a mistake is likelier than so long a row
+_UNREADABLE = (EOFError, OSError, zlib.error, csv.Error, pa.ArrowException, ValueError, RecursionError)
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of a file: bytes `start` to `end` of JSON lines (the lines that begin there), row groups of Parquet;
-    anything else is one piece."""
+    """A piece of a file: bytes `start` to `end` of plain JSON lines (the lines that begin there), row groups of
+    Parquet; any other file is one piece."""
 
     path: Path
     start: int
@@ -45,6 +47,7 @@ class Damage:
     """What stands where a row should; `detail` says what was seen."""
 
     detail: str
+    row: str = ""  # whole, if there is anything
     ends_file: bool = False  # nothing after it can be read
 
 
@@ -67,35 +70,46 @@ def kind_of_file(path: Path) -> str:
 
 
 def require_file(path: Path) -> Path:
-    """DataError if there is none."""
-    if not path.is_file():
-        is_folder = path.is_dir()
-        reason = "it is a folder, and no data set of align ingest" if is_folder else "it does not exist"
-        raise DataError(f"no data file {path}: {reason}")
-    return path
+    """DataError if there is none, or none that may be read."""
+    try:
+        with path.open("rb"):
+            return path
+    except IsADirectoryError:
+        reason = "it is a folder, and no data set of align ingest"
+    except FileNotFoundError:
+        reason = "it does not exist"
+    except OSError as error:
+        reason = f"it cannot be read: {error.strerror}"
+    raise DataError(f"no data file {path}: {reason}")
 
 
 def cut(path: Path, chunk_bytes: int = CHUNK_BYTES) -> list[Chunk]:
-    """The file's chunks, in order. DataError if it is missing, of no known kind, or no Parquet file."""
-    require_file(path)
-    kind = kind_of_file(path)
-    size = path.stat().st_size
+    """The file's chunks, in order; one at least. DataError if it cannot be read, or is of no known kind."""
+    kind = kind_of_file(require_file(path))
     if kind == ".parquet":
         return [Chunk(path, start, end) for start, end in _row_groups(path, chunk_bytes)]
-    if kind in (".jsonl", ".ndjson") and not _is_compressed(path):
-        return [Chunk(path, start, min(start + chunk_bytes, size)) for start in range(0, size, chunk_bytes)]
-    return [Chunk(path, 0, size)]
+    size = path.stat().st_size
+    if not _has_chunks(path):
+        return [Chunk(path, 0, size)]
+    return [Chunk(path, start, min(start + chunk_bytes, size)) for start in range(0, max(size, 1), chunk_bytes)]
 
 
 def raw_rows(chunk: Chunk) -> Iterator[RawRow]:
-    kind = kind_of_file(chunk.path)
+    """Where reading fails, a last row says so."""
+    kind, last = kind_of_file(chunk.path), 0
     if kind == ".parquet":
-        return _parquet_rows(chunk)
-    if kind in (".csv", ".tsv"):
-        return _delimited_rows(chunk.path, "\t" if kind == ".tsv" else ",")
-    if kind == ".json" and _is_array(chunk.path):
-        return _array_rows(chunk.path)
-    return _lines(chunk)
+        rows = _parquet_rows(chunk)
+    elif kind in (".csv", ".tsv"):
+        rows = _delimited_rows(chunk.path, "\t" if kind == ".tsv" else ",")
+    else:
+        rows = _array_rows(chunk.path) if kind == ".json" and _is_array(chunk.path) else _lines(chunk)
+    try:
+        for raw in rows:
+            last = raw.line
+            yield raw
+    except _UNREADABLE as error:
+        detail = f"the file is damaged or cut short, and cannot be read from here on: {error}"
+        yield RawRow(last + 1, Damage(detail, ends_file=True))
 
 
 def decode(raw: RawRow) -> Row | Damage:
@@ -113,17 +127,16 @@ def as_text(content: bytes | Row | Damage) -> str:
     """The row whole, as it is kept beside the reason for its rejection; what is no UTF-8 as escapes."""
     if isinstance(content, bytes):
         return content.decode("utf-8", errors="backslashreplace")
-    text = content.detail if isinstance(content, Damage) else json.dumps(content, ensure_ascii=False, default=str)
+    text = content.row if isinstance(content, Damage) else json.dumps(content, ensure_ascii=False, default=str)
     return text.encode("utf-8", errors="backslashreplace").decode()
 
 
 def count_rows(chunk: Chunk) -> int:
     """By how much the numbers of the next chunk's rows are higher than its own; 0 if its file is one chunk only."""
-    kind = kind_of_file(chunk.path)
-    if kind == ".parquet":
+    if kind_of_file(chunk.path) == ".parquet":
         with pq.ParquetFile(chunk.path) as file:
             return sum(file.metadata.row_group(n).num_rows for n in range(chunk.start, chunk.end))
-    if kind == ".json" or _is_compressed(chunk.path) or kind in (".csv", ".tsv"):
+    if not _has_chunks(chunk.path):
         return 0
     with _open_at(chunk) as file:
         start, lines = file.tell(), 0
@@ -132,15 +145,16 @@ def count_rows(chunk: Chunk) -> int:
         return lines
 
 
-def _is_compressed(path: Path) -> bool:
-    return path.name.lower().endswith((".gz", ".zst"))
+def _has_chunks(path: Path) -> bool:
+    return path.name.lower().endswith((".jsonl", ".ndjson"))
 
 
 def _open(path: Path) -> IO[bytes]:
     if path.name.lower().endswith(".gz"):
         return cast(IO[bytes], gzip.open(path))
     if path.name.lower().endswith(".zst"):
-        return cast(IO[bytes], BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path), "rb"), "zstd")))  # pyright: ignore[reportArgumentType]
+        stream: Any = pa.CompressedInputStream(pa.OSFile(str(path), "rb"), "zstd")
+        return cast(IO[bytes], BufferedReader(stream))
     return path.open("rb")
 
 
@@ -154,47 +168,47 @@ def _open_at(chunk: Chunk) -> IO[bytes]:
 
 
 def _lines(chunk: Chunk) -> Iterator[RawRow]:
-    number = 0
-    is_whole = _is_compressed(chunk.path) or kind_of_file(chunk.path) == ".json"
-    try:
-        with _open_at(chunk) as file:
-            start = 0 if is_whole else file.tell()
-            while (is_whole or start < chunk.end) and (line := file.readline()):
-                start, number = start + len(line), number + 1
-                content = line.removeprefix(_BOM) if number == 1 and chunk.start == 0 else line
-                if content.strip():
-                    yield RawRow(number, content.rstrip(b"\r\n"))
-    except (EOFError, OSError, zlib.error, pa.ArrowException) as error:
-        yield RawRow(number + 1, Damage(f"the file is damaged or cut short here: {error}", ends_file=True))
+    number, is_whole = 0, not _has_chunks(chunk.path)
+    with _open_at(chunk) as file:
+        start = 0 if is_whole else file.tell()
+        while (is_whole or start < chunk.end) and (line := file.readline()):
+            start, number = start + len(line), number + 1
+            content = line.removeprefix(_BOM) if number == 1 and chunk.start == 0 else line
+            if content.strip():
+                yield RawRow(number, content.rstrip(b"\r\n"))
+
+
+def _as_text_file(path: Path) -> TextIOWrapper:
+    """What is no UTF-8 becomes lone surrogates, which the check of every text finds and names."""
+    return TextIOWrapper(_open(path), encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _delimited_rows(path: Path, delimiter: str) -> Iterator[RawRow]:
-    line = 0
-    try:
-        # What is no UTF-8 becomes lone surrogates, which the check of every text finds and names
-        with TextIOWrapper(_open(path), encoding="utf-8-sig", errors="surrogateescape", newline="") as text:
-            rows = csv.reader(text, delimiter=delimiter)
-            header = next(rows, None)
-            line = rows.line_num
-            for values in rows:
-                first, line = line + 1, rows.line_num
-                if values:
-                    yield RawRow(first, _row_of(header or [], values))
-    except (EOFError, OSError, zlib.error, csv.Error, pa.ArrowException) as error:
-        yield RawRow(line + 1, Damage(f"the file is damaged or cut short here: {error}", ends_file=True))
+    csv.field_size_limit(_LONGEST)
+    with _as_text_file(path) as text:
+        rows = csv.reader(text, delimiter=delimiter)
+        header = next(rows, None) or []
+        repeated = {name for name in header if header.count(name) > 1}
+        if repeated:
+            raise ValueError(f"the header names {', '.join(sorted(repeated))} more than once")
+        line = rows.line_num
+        for values in rows:
+            first, line = line + 1, rows.line_num
+            if values:
+                yield RawRow(first, _row_of(header, values))
 
 
 def _row_of(header: Sequence[str], values: Sequence[str]) -> Row | Damage:
     if len(values) != len(header):
-        return Damage(f"{len(values)} fields, where the header has {len(header)}: {','.join(values)}")
+        return Damage(f"{len(values)} fields, where the header has {len(header)}", row=json.dumps(values))
     return dict(zip(header, values, strict=True))
 
 
 def _is_array(path: Path) -> bool:
     try:
         with _open(path) as file:
-            return file.read(64).removeprefix(_BOM).lstrip()[:1] == b"["
-    except (EOFError, OSError, zlib.error, pa.ArrowException):
+            return file.read(4096).removeprefix(_BOM).lstrip()[:1] == b"["
+    except _UNREADABLE:
         return False  # reading its lines says what is wrong
 
 
@@ -202,35 +216,34 @@ def _array_rows(path: Path) -> Iterator[RawRow]:
     """The elements of a JSON array, one at a time: the file may be larger than memory. Nothing after a mistake in it
     can be read."""
     decoder, number, at = json.JSONDecoder(), 0, 0
-    try:
-        with TextIOWrapper(_open(path), encoding="utf-8-sig") as text:
-            buffer = text.read(_PIECE).lstrip()[1:]
-            while True:
-                at = cast(re.Match[str], _BETWEEN_ELEMENTS.match(buffer, at)).end()
-                if buffer.startswith("]", at):
-                    return
-                try:
-                    element, at = cast(tuple[object, int], decoder.raw_decode(buffer, at))
-                except ValueError:
-                    piece = text.read(max(_PIECE, len(buffer)))  # twice as much each time: parsed again, but not often
-                    if not piece:
-                        raise
-                    buffer, at = buffer[at:] + piece, 0
-                    continue
-                number += 1
-                is_row = isinstance(element, dict)
-                yield RawRow(number, cast(Row, element) if is_row else Damage(f"no object: {element!r}"))
-    except (ValueError, RecursionError, EOFError, OSError, zlib.error, pa.ArrowException) as error:
-        yield RawRow(
-            number + 1, Damage(f"the array cannot be read from its element {number + 1} on: {error}", ends_file=True)
-        )
+    with _as_text_file(path) as text:
+        buffer, is_more = text.read(_PIECE).lstrip()[1:], True
+        while True:
+            at = cast(re.Match[str], _BETWEEN_ELEMENTS.match(buffer, at)).end()
+            if buffer.startswith("]", at):
+                if (buffer[at + 1 :] + text.read(_PIECE)).strip():
+                    raise ValueError("there is more after the array's end")
+                return
+            element, end = None, len(buffer)
+            try:
+                element, end = cast(tuple[object, int], decoder.raw_decode(buffer, at))
+            except ValueError:
+                if not is_more or len(buffer) - at > _LONGEST:
+                    raise
+            if end == len(buffer) and is_more:  # it may go on; twice as much each time: parsed again, but not often
+                piece = text.read(max(_PIECE, len(buffer) - at))
+                buffer, at, is_more = buffer[at:] + piece, 0, bool(piece)
+                continue
+            number, at = number + 1, end
+            is_row = isinstance(element, dict)
+            yield RawRow(number, cast(Row, element) if is_row else Damage("no object", row=json.dumps(element)))
 
 
 def _row_groups(path: Path, chunk_bytes: int) -> list[tuple[int, int]]:
     try:
         with pq.ParquetFile(path) as file:
             sizes = [file.metadata.row_group(n).total_byte_size for n in range(file.num_row_groups)]
-    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: names that are no UTF-8
+    except _UNREADABLE as error:
         raise DataError(f"{path} is no Parquet file, or is damaged: {error}") from None
     borders, filled = [0], 0
     for number, size in enumerate(sizes):
@@ -238,16 +251,32 @@ def _row_groups(path: Path, chunk_bytes: int) -> list[tuple[int, int]]:
             borders.append(number)
             filled = 0
         filled += size
-    return list(zip(borders, [*borders[1:], len(sizes)], strict=True)) if sizes else []
+    return list(zip(borders, [*borders[1:], len(sizes)], strict=True))
 
 
 def _parquet_rows(chunk: Chunk) -> Iterator[RawRow]:
+    """The footer says how many rows there are, so each that cannot be read stands for itself."""
     number = 0
+    with pq.ParquetFile(chunk.path) as file:
+        for group in range(chunk.start, chunk.end):
+            end = number + file.metadata.row_group(group).num_rows
+            try:
+                for batch in file.iter_batches(batch_size=1024, row_groups=[group]):
+                    for row in _rows_of_batch(batch):
+                        number += 1
+                        yield RawRow(number, row)
+            except _UNREADABLE as error:
+                for line in range(number + 1, end + 1):
+                    yield RawRow(line, Damage(f"row group {group} is damaged: {error}"))
+            number = end
+
+
+def _rows_of_batch(batch: pa.RecordBatch) -> Iterator[Row | Damage]:
     try:
-        with pq.ParquetFile(chunk.path) as file:
-            for batch in file.iter_batches(batch_size=1024, row_groups=[*range(chunk.start, chunk.end)]):
-                for row in cast(list[Row], batch.to_pylist()):
-                    number += 1
-                    yield RawRow(number, row)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        yield RawRow(number + 1, Damage(f"the file is damaged here: {error}", ends_file=True))
+        yield from cast(list[Row], batch.to_pylist())
+    except (ValueError, OverflowError):  # a text that is no UTF-8, a date that Python has not
+        for index in range(batch.num_rows):
+            try:
+                yield cast(Row, batch.slice(index, 1).to_pylist()[0])
+            except (ValueError, OverflowError) as error:
+                yield Damage(str(error))

@@ -90,8 +90,8 @@ def resolve_path(path: Path) -> Path:
 def iterate_rows(path: Path, *, limit: int | None, split: str = "train") -> Iterator[LabelledRow]:
     """The first `limit` rows, each with its source label; a line that is no JSON object is a Reject.
 
-    Of a data set of `align ingest`, those of `split`, with the labels that they had in its sources. DataError if the
-    file is missing, of an unknown kind, or damaged beyond one line.
+    Of a data set of `align ingest`, those of `split`. DataError if the file is missing, of an unknown kind, or damaged
+    beyond one line.
     """
     files = dataset_files(path, split) if is_dataset(path) else [resolve_path(path)]
     return islice((row for file in files for row in _rows_of(file)), limit)

@@ -3,7 +3,8 @@
 Rows are numbered in the order of the sources, files and lines; of equal rows the first is kept.
 """
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,7 @@ from data.ingestion.rules import (
     NOT_DRAWN,
     SetRules,
 )
-from data.ingestion.sift import Piece
+from data.ingestion.sift import KEYS, Sifted
 
 ROWS_IN_MEMORY = 4_000_000  # whose keys are looked at together; past it, prompts are taken in parts
 KEPT = -1
@@ -35,34 +36,37 @@ class Decisions:
     reason: NDArray[np.int8]  # an index into rules.ACROSS_ROWS, or KEPT
     is_held_out: NDArray[np.bool_]
 
-    def reject(self, rows: NDArray[np.int64] | NDArray[np.bool_], why: str) -> None:
+    def reject(self, rows: Rows, why: str) -> None:
         """Those of them that are still kept."""
-        mask = np.zeros(len(self.reason), bool)
-        mask[rows] = True
-        self.reason[mask & (self.reason == KEPT)] = ACROSS_ROWS.index(why)
+        self.reason[rows] = np.where(self.reason[rows] == KEPT, ACROSS_ROWS.index(why), self.reason[rows])
 
 
-def decide(pieces: Sequence[Piece], rules: SetRules, *, rows_in_memory: int = ROWS_IN_MEMORY) -> Decisions:
-    files = [np.load(piece.path("keys.npy"), mmap_mode="r") for piece in pieces]
-    starts = np.cumsum([0, *map(len, files)])
+def decide(sifted: Sequence[Sifted], rules: SetRules, *, rows_in_memory: int = ROWS_IN_MEMORY) -> Decisions:
+    starts = np.cumsum([0, *(one.kept for one in sifted)])
     total = int(starts[-1])
     decisions = Decisions(np.full(total, KEPT, np.int8), np.zeros(total, bool))
-    sources = np.concatenate([np.full(len(f), p.source.source, np.int32) for f, p in zip(files, pieces, strict=True)])
-    has_own_held_out = any(piece.source.is_held_out for piece in pieces)
-    for piece, keys, start in zip(pieces, files, starts, strict=False):
-        drawn = keys["prompt"] < np.uint64(int(rules.held_out_fraction * 2**64))
-        decisions.is_held_out[start : start + len(keys)] = piece.source.is_held_out if has_own_held_out else drawn
+    has_own_held_out = any(one.piece.source.is_held_out for one in sifted)
+    for one, start in zip(sifted, starts, strict=False):
+        drawn = _keys(one)["prompt"] < np.uint64(int(rules.held_out_fraction * 2**64))
+        decisions.is_held_out[start : start + one.kept] = one.piece.source.is_held_out if has_own_held_out else drawn
     parts = -(-total // rows_in_memory)
     for part in range(parts):  # equal rows and opposite pairs have the same prompt, so they fall into one part
-        found = [np.flatnonzero(keys["prompt"] % np.uint64(parts) == part) for keys in files]
-        rows = np.concatenate([start + own for own, start in zip(found, starts, strict=False)])
-        keys = np.concatenate([keys[own] for keys, own in zip(files, found, strict=True)])
-        _decide_part(keys, rows, decisions)
+        rows, keys = [np.zeros(0, np.int64)], [np.zeros(0, KEYS)]
+        for one, start in zip(sifted, starts, strict=False):
+            own = _keys(one)
+            chosen = np.flatnonzero(own["prompt"] % np.uint64(parts) == part)
+            rows.append(start + chosen)
+            keys.append(own[chosen])
+        _decide_part(np.concatenate(keys), np.concatenate(rows), decisions)
     if rules.near_threshold is not None and total:
-        _decide_near(_gather(pieces, total), decisions, rules.near_threshold)
+        _decide_near(_gather(sifted, total), decisions, rules.near_threshold)
     if rules.weights:
-        _draw(files, sources, decisions, rules.weights)
+        _draw(sifted, starts, decisions, rules.weights)
     return decisions
+
+
+def _keys(sifted: Sifted) -> NDArray[np.void]:
+    return np.fromfile(sifted.piece.path("keys"), KEYS)
 
 
 def _decide_part(keys: NDArray[np.void], rows: Rows, decisions: Decisions) -> None:
@@ -86,41 +90,41 @@ def _is_contradicted(keys: NDArray[np.void], is_counted: NDArray[np.bool_]) -> N
     return is_counted & (says[0] & says[1])[group] & (keys["side"] != 0)
 
 
-def _gather(pieces: Sequence[Piece], total: int) -> Signatures:
+def _gather(sifted: Sequence[Sifted], total: int) -> Signatures:
     """All signatures as one file: the system keeps of it in memory what fits."""
-    path = pieces[0].folder / "near.all"
-    whole = np.memmap(path, np.uint32, "w+", shape=(total, 2, SLOTS))
-    start = 0
-    for piece in pieces:
-        own = np.load(piece.path("near.npy"), mmap_mode="r")
-        whole[start : start + len(own)] = own
-        start += len(own)
-    return whole
+    path = sifted[0].piece.folder / "near.all"
+    with path.open("wb") as whole:
+        for one in sifted:
+            with one.piece.path("near").open("rb") as own:
+                shutil.copyfileobj(own, whole)
+    return np.memmap(path, np.uint32, "r", shape=(total, 2, SLOTS))
 
 
 def _decide_near(signatures: Signatures, decisions: Decisions, threshold: float) -> None:
     rank = np.where(decisions.is_held_out, 0, len(signatures)) + np.arange(len(signatures))  # held-out rows come first
-    live = np.flatnonzero(decisions.reason == KEPT)
-    for own, other in candidates(signatures, REST, rank, threshold=threshold, among=live):
-        is_near = are_alike(signatures, REST, own, other, threshold=threshold)
-        own, other = own[is_near], other[is_near]
-        decisions.reject(own[are_alike(signatures, PROMPT, own, other, threshold=threshold)], NEAR_DUPLICATE)
-    live = np.flatnonzero(decisions.reason == KEPT)
-    for own, other in candidates(signatures, PROMPT, rank, threshold=threshold, among=live):
-        crosses = ~decisions.is_held_out[own] & decisions.is_held_out[other]
-        own, other = own[crosses], other[crosses]
-        decisions.reject(own[are_alike(signatures, PROMPT, own, other, threshold=threshold)], NEAR_LEAKAGE)
+
+    def alike(which: int) -> Iterator[tuple[Rows, Rows]]:
+        live = np.flatnonzero(decisions.reason == KEPT)
+        for own, other in candidates(signatures, which, rank, threshold=threshold, among=live):
+            is_near = are_alike(signatures, which, own, other, threshold=threshold)
+            yield own[is_near], other[is_near]
+
+    pairs = [np.stack(pair) for pair in alike(REST)]
+    own, other = np.unique(np.concatenate(pairs, axis=1), axis=1)
+    is_near = are_alike(signatures, PROMPT, own, other, threshold=threshold)
+    own, other = own[is_near], other[is_near]
+    for index in np.argsort(rank[own], kind="stable"):  # what is like a row that is rejected itself stays
+        if decisions.reason[other[index]] == KEPT:
+            decisions.reject(own[index : index + 1], NEAR_DUPLICATE)
+    for own, other in alike(PROMPT):
+        decisions.reject(own[~decisions.is_held_out[own] & decisions.is_held_out[other]], NEAR_LEAKAGE)
 
 
-def _draw(
-    files: Sequence[NDArray[np.void]],
-    sources: NDArray[np.int32],
-    decisions: Decisions,
-    weights: Sequence[float],
-) -> None:
+def _draw(sifted: Sequence[Sifted], starts: Rows, decisions: Decisions, weights: Sequence[float]) -> None:
     """Of each source's kept rows as many as its weight allows, so that the scarcest is used whole; those with the
     smallest content keys, which is as good as by lot, and the same each time."""
-    keys = np.concatenate([np.asarray(file["content"]) for file in files])
+    keys = np.concatenate([_keys(one)["content"] for one in sifted])
+    sources = np.repeat([one.piece.source.source for one in sifted], np.diff(starts))
     live = [np.flatnonzero((sources == number) & (decisions.reason == KEPT)) for number in range(len(weights))]
     unit = min(len(rows) / weight for rows, weight in zip(live, weights, strict=True))
     for rows, weight in zip(live, weights, strict=True):

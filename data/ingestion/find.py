@@ -1,6 +1,7 @@
 """What goes in: files and hub data sets, the shape that the rows of each are read as, the pieces they are cut into."""
 
 import glob
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,7 +16,7 @@ from data.ingestion.shapes import SHAPES, Row, Shape, detect, mapped
 from data.ingestion.sift import Piece
 from data.readers import Chunk, Damage, cut, decode, raw_rows
 from data.records import RecordKind
-from data.sources import load_hub
+from data.sources import DATASET, load_hub
 
 DETECTION_ROWS = 100
 _HUB = "hub:"
@@ -42,7 +43,9 @@ class Asked:
             raise UsageError("--format names a known shape, --map describes one: give one of them")
         if self.shape is not None and self.shape not in SHAPES:
             raise UsageError(f"--format {self.shape}: known are {', '.join(SHAPES)}")
-        if self.weights and (len(self.weights) != len(self.sources) or min(self.weights) <= 0):
+        if self.weights and (
+            len(self.weights) != len(self.sources) or not all(0 < weight < math.inf for weight in self.weights)
+        ):
             given = ", ".join(f"{weight:g}" for weight in self.weights)
             raise UsageError(f"--weight: give one above 0 for each of the {len(self.sources)} sources, not {given}")
         if self.weights and self.held_out:
@@ -60,12 +63,10 @@ def find_pieces(asked: Asked, scratch: Path, note: Callable[[str], None]) -> lis
     pieces: list[Piece] = []
     for number, is_held_out, source in named:
         for name, path in _files(source, scratch):
-            chunks = cut(path)
+            chunks = cut(path.absolute())  # workers may have another current folder
             file = SourceFile(name, number, forced or _detect(name, chunks), is_held_out)
-            note(f"{name}: {file.shape.name}" if chunks else f"warning: {name} is empty")
+            note(f"warning: {name} is empty" if path.stat().st_size == 0 else f"{name}: {file.shape.name}")
             pieces += [Piece(len(pieces) + n, file, chunk, scratch) for n, chunk in enumerate(chunks)]
-    if not pieces:
-        raise DataError("all sources are empty")
     return pieces
 
 
@@ -90,19 +91,28 @@ def _files(source: str, scratch: Path) -> list[tuple[str, Path]]:
     """(name, path) of each file that a source stands for."""
     if source.startswith(_HUB):
         hub, _, split = source.removeprefix(_HUB).partition(":")
+        if not hub:
+            raise UsageError(f"{source}: the data set's name is missing: hub:NAME or hub:NAME:SPLIT")
         path = scratch / f"{hub.replace('/', '-')}-{split or 'train'}.parquet"
         load_hub(SourceConfig(hub=hub, split=split or "train")).to_parquet(str(path))
         return [(source, path)]
+    if (Path(source) / DATASET).is_file():
+        raise DataError(f"{source} is a data set already; it can be ingested anew as {source}/'*.parquet'")
     if Path(source).exists() or not glob.has_magic(source):
-        return [(source, Path(source))]
-    found = [(name, Path(name)) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]
+        return [(_printable(source), Path(source))]
+    names = sorted(glob.glob(source, recursive=True))
+    found = [(_printable(name), Path(name)) for name in names if Path(name).is_file()]
     if not found:
         raise DataError(f"no file matches {source}")
     return found
 
 
+def _printable(name: str) -> str:
+    return name.encode("utf-8", errors="backslashreplace").decode()
+
+
 def _detect(name: str, chunks: Sequence[Chunk]) -> Shape:
-    decoded = (decode(raw) for chunk in chunks[:1] for raw in raw_rows(chunk))
+    decoded = (decode(raw) for chunk in chunks for raw in raw_rows(chunk))
     rows = list(islice((row for row in decoded if not isinstance(row, Damage)), DETECTION_ROWS))
     return detect(rows, where=name) if rows else _NO_SHAPE
 

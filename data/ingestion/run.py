@@ -2,12 +2,15 @@
 
 import gc
 import os
+import re
 import shutil
 import signal
+import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -41,29 +44,28 @@ def ingest(asked: Asked, to: Path, *, engine: Engine, note: Callable[[str], None
     """
     if to.exists():
         raise UsageError(f"{to} is there already: ingest into another folder, or remove it first")
-    _clear_what_the_dead_left(to)
-    scratch = to.with_name(f".{to.name}.{os.getpid()}.scratch")
-    scratch.mkdir(parents=True)
+    scratch = to.absolute().with_name(f".{to.name}.{os.getpid()}.scratch")
     try:
+        _clear_what_the_dead_left(to)
+        scratch.mkdir(parents=True)
         pieces = find_pieces(asked, scratch, note)
         is_near_wanted = asked.near_threshold is not None
         rules = RowRules(kind_of(pieces), asked.seed, asked.keep_ties, asked.tokens, is_near_wanted)
         sifted: list[Sifted] = []
         for one in engine(partial(sift, rules=rules), pieces):
             sifted.append(one)
-            for warning in one.warnings:
-                note(f"warning: {warning}")
             on_progress("reading", len(sifted), len(pieces))
         sifted.sort(key=lambda one: one.piece.number)
+        _warn(sifted, note)
         on_progress("comparing", 0, 1)
         fraction = 0.0 if asked.held_out else asked.held_out_fraction
-        decisions = decide(pieces, SetRules(fraction, asked.near_threshold, asked.weights))
+        decisions = decide(sifted, SetRules(fraction, asked.near_threshold, asked.weights))
         found: list[dict[str, object]] = []
 
         def fill(folder: Path) -> None:
             tally = write_rows(folder, rules.kind, sifted, decisions, on_progress)
             if not tally.kept.total():
-                raise DataError(f"no row is fit; {_reasons(tally)}")
+                raise DataError(_reasons(tally))
             found.append(write_words(folder, tally, describe(asked, rules.kind, pieces)))
 
         dataset = write_directory(to, fill, kind="dataset", stage="ingest", step=0, base_identity="")
@@ -74,23 +76,30 @@ def ingest(asked: Asked, to: Path, *, engine: Engine, note: Callable[[str], None
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def _warn(sifted: Sequence[Sifted], note: Callable[[str], None]) -> None:
+    before = 0
+    for one in sifted:
+        before = before if one.piece.chunk.start else 0
+        for line, warning in one.warnings:
+            note(f"warning: {one.piece.source.name}:{before + line}: {warning}")
+        before += one.rows
+
+
 def _reasons(tally: Tally) -> str:
     counts = sum(tally.rejected.values(), Counter[str]())
+    if not counts:
+        return "all sources are empty: there is no row in them"
     told = ", ".join(f"{reason} {count:,}" for reason, count in counts.most_common())
-    return f"rejected of {counts.total():,}: {told or 'none, all sources are empty'}. The first: {tally.first}"
+    return f"no row is fit; rejected of {counts.total():,}: {told}. The first: {tally.first}"
 
 
 def _clear_what_the_dead_left(to: Path) -> None:
     """A killed process leaves its folders behind; that of one that still runs is its own."""
-    for left in to.parent.glob(f".{to.name}.*"):
-        number = left.name.removeprefix(f".{to.name}.").split(".")[0]
-        if number.isdigit() and not Path(f"/proc/{number}").exists():
+    ours = re.compile(rf"\.{re.escape(to.name)}\.(\d+)\.(scratch|tmp|old)")
+    for left in to.parent.iterdir() if to.parent.is_dir() else ():
+        found = ours.fullmatch(left.name)
+        if found and not Path(f"/proc/{found[1]}").exists():
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _prepare_process() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    gc.disable()  # rows are made and dropped by the million, in no cycles: looking for some takes a tenth of the time
 
 
 def local_engine(processes: int) -> Engine:
@@ -100,16 +109,29 @@ def local_engine(processes: int) -> Engine:
         if min(processes, len(pieces)) <= 1:
             yield from map(function, pieces)
             return
-        context = get_context("spawn")
-        with ProcessPoolExecutor(min(processes, len(pieces)), context, initializer=_prepare_process) as pool:
+        # Rows are made and dropped by the million, in no cycles: to look for some would take a tenth of the time
+        with ProcessPoolExecutor(min(processes, len(pieces)), get_context("spawn"), initializer=gc.disable) as pool:
             try:
-                yield from pool.map(function, pieces)
+                with _interrupts_left_to_the_parent():
+                    results = pool.map(function, pieces)
+                yield from results
             except BrokenProcessPool:
-                raise WorkerError(
-                    "a process that read rows was killed; is there too little memory? Run again"
-                ) from None
+                raise WorkerError("a process that read rows was killed: too little memory? Run again") from None
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
 
     return execute
+
+
+@contextmanager
+def _interrupts_left_to_the_parent() -> Generator[None]:
+    """Processes that start in here ignore Ctrl-C."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from types import TracebackType
 from typing import cast
 
 import numpy as np
@@ -16,9 +17,9 @@ from numpy.typing import NDArray
 from data.formats import UnfitError, parse_row, shorten
 from data.ingestion.near import signatures
 from data.ingestion.rules import IDENTICAL, TIE, RowRules, SourceFile
-from data.ingestion.tables import rejects_table, table_of
+from data.ingestion.tables import REJECTS, SCHEMAS, rejects_table, table_of
 from data.ingestion.tokens import TokenGate
-from data.readers import Chunk, Damage, RawRow, as_text, count_rows, decode, raw_rows
+from data.readers import CHUNK_BYTES, Chunk, Damage, RawRow, as_text, count_rows, decode, raw_rows
 from data.records import Comparison, Demonstration, Message, PlainText, Prompt, Record, Reject, Verdict
 from data.splits import normalize, normalized_prompt, prompt_key
 
@@ -26,6 +27,7 @@ from data.splits import normalize, normalized_prompt, prompt_key
 # `pair`: the same for A over B and B over A, or for both verdicts on one answer; `side` says which of them.
 KEYS = np.dtype([("content", "<u8"), ("prompt", "<u8"), ("pair", "<u8"), ("side", "i1")])
 _PREFIX = 48
+_ROWS_HELD = 8192
 
 
 @dataclass(frozen=True)
@@ -45,34 +47,81 @@ class Piece:
 class Sifted:
     piece: Piece
     rows: int  # by how much the next chunk's line numbers are higher
+    rows_in: int
     kept: int
-    warnings: tuple[str, ...]  # what the user must hear of before the account
+    warnings: tuple[tuple[int, str], ...]  # (line, what the user must hear of before the account)
 
 
 def sift(piece: Piece, rules: RowRules) -> Sifted:
-    """Write the piece's .kept and .rejected (Arrow), .keys and, if asked for, .near (numpy)."""
+    """Write the piece's .kept and .rejected (Arrow), .keys and, if asked for, .near (numpy's bytes)."""
     gate = TokenGate(rules.tokens) if rules.tokens is not None else None
-    records: list[Record] = []
-    lines: list[int] = []
-    rejects: list[tuple[int, Reject, str]] = []
-    warnings: list[str] = []
-    for raw in raw_rows(piece.chunk):
-        if isinstance(raw.content, Damage) and raw.content.ends_file:
-            warnings.append(f"{piece.source.name}:{raw.line}: {raw.content.detail}")
-        for found in _records(raw, piece.source, rules):
-            reject = found if isinstance(found, Reject) else _judge(found, rules, gate)
-            if reject is not None:
-                rejects.append((raw.line, reject, as_text(raw.content)))
-            else:
-                records.append(cast(Record, found))
-                lines.append(raw.line)
-    hashes, keys = _keys(records, rules.seed)
-    _write(table_of(rules.kind, records, lines, piece.source.name, hashes), piece.path("kept"))
-    _write(rejects_table(rejects), piece.path("rejected"))
-    np.save(piece.path("keys.npy"), keys)
-    if rules.has_signatures:
-        np.save(piece.path("near.npy"), signatures(records))
-    return Sifted(piece, count_rows(piece.chunk), len(records), tuple(warnings))
+    warnings: list[tuple[int, str]] = []
+    rows_in = 0
+    with _Tables(piece, rules) as tables:
+        for raw in raw_rows(piece.chunk):
+            if isinstance(raw.content, Damage) and raw.content.ends_file:
+                warnings.append((raw.line, raw.content.detail))
+            text = None
+            for found in _records(raw, piece.source, rules):
+                rows_in += 1
+                reject = found if isinstance(found, Reject) else _judge(found, rules, gate)
+                if reject is None:
+                    tables.keep(raw.line, cast(Record, found))
+                else:  # the row whole once, though a tree of ranked answers may be rejected in many parts
+                    text = as_text(raw.content) if text is None else ""
+                    tables.reject(raw.line, reject, text)
+    return Sifted(piece, count_rows(piece.chunk), rows_in, tables.num_kept, tuple(warnings))
+
+
+class _Tables:
+    """Owns the piece's files; holds no more than so many rows or characters, however large the piece is."""
+
+    def __init__(self, piece: Piece, rules: RowRules) -> None:
+        self._source, self._rules = piece.source.name, rules
+        self._kept = _writer(piece.path("kept"), SCHEMAS[rules.kind])
+        self._rejected = _writer(piece.path("rejected"), REJECTS)
+        self._keys, self._near = piece.path("keys").open("wb"), piece.path("near").open("wb")
+        self._lines: list[int] = []
+        self._records: list[Record] = []
+        self._rejects: list[tuple[int, Reject, str]] = []
+        self._characters = 0
+        self.num_kept = 0
+
+    def keep(self, line: int, record: Record) -> None:
+        self._lines.append(line)
+        self._records.append(record)
+        turns, sides, _ = _parts(record)
+        self._flush_if_full(sum(len(turn.content) for turn in turns) + sum(map(len, sides)))
+
+    def reject(self, line: int, reject: Reject, text: str) -> None:
+        self._rejects.append((line, reject, text))
+        self._flush_if_full(len(text))
+
+    def _flush_if_full(self, num_characters: int) -> None:
+        self._characters += num_characters
+        if len(self._records) + len(self._rejects) >= _ROWS_HELD or self._characters >= CHUNK_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        hashes, keys = _keys(self._records, self._rules.seed)
+        self._kept.write_table(table_of(self._rules.kind, self._records, self._lines, self._source, hashes))
+        self._rejected.write_table(rejects_table(self._rejects))
+        keys.tofile(self._keys)
+        if self._rules.has_signatures:
+            signatures(self._records).tofile(self._near)
+        self.num_kept += len(self._records)
+        self._lines, self._records, self._rejects, self._characters = [], [], [], 0
+
+    def __enter__(self) -> "_Tables":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._flush()
+        for file in (self._kept, self._rejected, self._keys, self._near):
+            file.close()
 
 
 def _records(raw: RawRow, source: SourceFile, rules: RowRules) -> Iterator[Record | Reject]:
@@ -109,20 +158,21 @@ def _are_equal_normalized(one: str, other: str) -> bool:
 
 
 def _keys(records: Sequence[Record], seed: int) -> tuple[list[str], NDArray[np.void]]:
-    """(content hashes, KEYS) of the records."""
+    """(content hashes, KEYS) of the records. The pair's key is of normalised texts: a contradiction is one also if a
+    space differs."""
     hashes: list[str] = []
     keys = np.zeros(len(records), KEYS)
     for number, record in enumerate(records):
         turns, sides, side = _parts(record)
-        prompt = _digest("\x1e".join(f"{turn.role}\x1f{turn.content}" for turn in turns))
-        digests = [_digest(text) for text in sides]
-        content = blake2b(prompt + b"".join(digests) + bytes([side + 1]), digest_size=16)
-        pair = blake2b(prompt + b"".join(sorted(digests)), digest_size=8).digest()
+        content = blake2b(bytes([side + 1]), digest_size=16)
+        for text in ("\x1e".join(f"{turn.role}\x1f{turn.content}" for turn in turns), *sides):
+            content.update(_digest(text))
+        prompt, digests = normalized_prompt(record), [_digest(normalize(text)) for text in sides]
+        pair = blake2b(_digest(prompt) + b"".join(sorted(digests)), digest_size=8).digest()
         if isinstance(record, Comparison) and digests[0] > digests[1]:
             side = -side
         hashes.append(content.hexdigest())
-        key = prompt_key(normalized_prompt(record), seed)
-        keys[number] = (int.from_bytes(content.digest()[:8]), key, int.from_bytes(pair), side)
+        keys[number] = (int.from_bytes(content.digest()[:8]), prompt_key(prompt, seed), int.from_bytes(pair), side)
     return hashes, keys
 
 
@@ -143,9 +193,5 @@ def _digest(text: str) -> bytes:
     return blake2b(text.encode(), digest_size=16).digest()
 
 
-def _write(table: pa.Table, path: Path) -> None:
-    with (
-        pa.OSFile(str(path), "wb") as file,
-        pa.ipc.new_file(file, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer,
-    ):
-        writer.write_table(table)
+def _writer(path: Path, schema: pa.Schema) -> pa.RecordBatchFileWriter:
+    return pa.ipc.new_file(str(path), schema, options=pa.ipc.IpcWriteOptions(compression="lz4"))

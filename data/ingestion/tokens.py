@@ -3,11 +3,22 @@
 from functools import cache
 
 from data.ingestion.rules import TokenRule
-from data.records import Comparison, Demonstration, PlainText, Prompt, Record, Reject, Verdict
+from data.records import Comparison, Demonstration, Message, PlainText, Prompt, Record, Reject, Verdict
 from data.tokenization import Codec, encode_comparisons, encode_demonstrations, encode_prompts, encode_verdicts
 
 _BYTES_PER_TURN = 64  # more than any template known writes around a turn
 _load = cache(lambda rule: rule.load_codec())  # one tokenizer a process
+
+
+def messages_of(record: Record) -> tuple[Message, ...]:
+    """Those that the template writes."""
+    match record:
+        case Comparison(prompt) | Verdict(prompt):
+            return prompt
+        case Demonstration(messages) | Prompt(messages):
+            return messages
+        case PlainText():
+            return ()
 
 
 class TokenGate:
@@ -18,10 +29,18 @@ class TokenGate:
         self._max_length = rule.max_length
         tokenizer = self._codec.tokenizer
         self._ends = tuple(str(tokenizer.convert_ids_to_tokens(eos_id)) for eos_id in self._codec.eos_ids)
+        self._accepted: set[tuple[str, ...]] = set()  # the orders of roles that the template has taken
 
     def reject(self, record: Record) -> Reject | None:
-        if self._fits_surely(record):
+        roles = tuple(message.role for message in messages_of(record))
+        if roles in self._accepted and self._fits_surely(record):
             return None
+        reject = self._encode(record)
+        if reject is None:
+            self._accepted.add(roles)
+        return reject
+
+    def _encode(self, record: Record) -> Reject | None:
         codec, length = self._codec, self._max_length
         match record:
             case Comparison():
@@ -36,19 +55,18 @@ class TokenGate:
 
     def _fits_surely(self, record: Record) -> bool:
         """No token is shorter than a byte. A text that spells out an end token is looked at in any case."""
+        prompt = "".join([self._codec.system_prompt or "", *(message.content for message in messages_of(record))])
         match record:
             case Comparison():
-                texts = [record.chosen, record.rejected]
+                counted = [record.chosen, record.rejected]
             case Verdict():
-                texts = [record.response]
+                counted = [record.response]
             case Demonstration(messages):  # cut from the left, so that the last answer decides
-                texts = [message.content for message in messages if message.role == "assistant"][::-1]
+                counted = [messages[-1].content]
             case Prompt(messages):
-                text = "".join([self._codec.system_prompt or "", *(message.content for message in messages)])
-                return len(text.encode()) + _BYTES_PER_TURN * (len(messages) + 2) < self._max_length
+                counted = [prompt + " " * _BYTES_PER_TURN * (len(messages) + 2)]
             case PlainText():
                 return True  # cut into as many rows as it needs
-        if any(end in text for end in self._ends for text in texts):
+        if any(end in text for end in self._ends for text in (prompt, *counted)):
             return False
-        counted = texts[:1] if isinstance(record, Demonstration) else texts
         return max(len(text.encode()) for text in counted) + _BYTES_PER_TURN < self._max_length

@@ -4,17 +4,18 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from heapq import merge
 from pathlib import Path
 from types import TracebackType
 from typing import cast
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from align.artifacts import write_json
+from align.errors import InvariantError
 from data.ingestion.decide import KEPT, Decisions
 from data.ingestion.rules import ACROSS_ROWS
 from data.ingestion.sift import Piece, Sifted
@@ -33,13 +34,20 @@ class Tally:
     """What became of the rows: by source, and how many went where."""
 
     rejected: dict[str, Counter[str]] = field(default_factory=dict[str, Counter[str]])
+    rows_in: Counter[str] = field(default_factory=Counter[str])  # as they were read, not as a sum of the others
     kept: Counter[str] = field(default_factory=Counter[str])
     splits: Counter[str] = field(default_factory=Counter[str])
     first: str = ""  # the first rejected row: where, why
 
     def account(self, source: str) -> Account:
-        rejected = self.rejected.get(source, Counter())
-        return Account(self.kept[source] + rejected.total(), self.kept[source], tuple(sorted(rejected.items())))
+        """InvariantError if a row was lost on the way."""
+        rejected = self.rejected[source]
+        if self.rows_in[source] != self.kept[source] + rejected.total():
+            raise InvariantError(
+                f"{source}: {self.rows_in[source]} rows in, but {self.kept[source]} kept and {rejected.total()} "
+                "rejected; nothing was written. Please report it with the file."
+            )
+        return Account(self.rows_in[source], self.kept[source], tuple(sorted(rejected.items())))
 
 
 def write_rows(
@@ -51,39 +59,55 @@ def write_rows(
     with rejects, _Shards(folder, SCHEMAS[kind]) as shards:
         for number, one in enumerate(sifted):
             source = one.piece.source.name
-            if one.piece.chunk.start == 0:
-                before = 0
-            rows = slice(start, start + one.kept)
-            reasons, is_held_out = decisions.reason[rows], decisions.is_held_out[rows]
-            kept = _read(one.piece.path("kept"))
-            kept = kept.set_column(kept.schema.get_field_index("line"), "line", pc.add(kept["line"], before))
-            for split, mask in zip(SPLITS, (~is_held_out, is_held_out), strict=True):
-                own = kept.filter(pa.array(mask & (reasons == KEPT)))
-                shards.write(split, own)
-                tally.splits[split] += own.num_rows
-                tally.kept[source] += own.num_rows
-            counted = tally.rejected.setdefault(source, Counter())
-            for reject in _rejected(one.piece, kept, reasons, before):
+            before = before if one.piece.chunk.start else 0
+            tally.rows_in[source] += one.rows_in
+            counted, among = tally.rejected.setdefault(source, Counter()), list[tuple[int, str]]()
+            for batch in _batches(one.piece.path("kept")):
+                rows = slice(start, start + batch.num_rows)
+                reasons, is_held_out = decisions.reason[rows], decisions.is_held_out[rows]
+                lines = batch["line"].to_numpy()
+                for split, mask in zip(SPLITS, (~is_held_out, is_held_out), strict=True):
+                    chosen = mask & (reasons == KEPT)
+                    tally.splits[split] += shards.write(split, _with_lines(batch, lines + before, chosen))
+                tally.kept[source] += int((reasons == KEPT).sum())
+                among += [(int(lines[n]), ACROSS_ROWS[reasons[n]]) for n in np.flatnonzero(reasons != KEPT)]
+                start = rows.stop
+            for reject in _rejected(one.piece, among):
                 counted[cast(str, reject["reason"])] += 1
+                reject = {**reject, "line": cast(int, reject["line"]) + before, "source": source}
                 tally.first = tally.first or f"{source}:{reject['line']}: {reject['reason']} ({reject['detail']})"
-                rejects.write(json.dumps({"source": source, **reject}, ensure_ascii=True).encode() + b"\n")
-            start, before = rows.stop, before + one.rows
+                rejects.write(json.dumps(reject, ensure_ascii=True, sort_keys=True).encode() + b"\n")
+            before += one.rows
             on_progress("writing", number + 1, len(sifted))
     return tally
 
 
-def _rejected(piece: Piece, kept: pa.Table, reasons: NDArray[np.int8], before: int) -> Iterator[dict[str, object]]:
-    """By line: those rejected by themselves, and among others. The latter are read once more, to be given whole."""
-    alone = _read(piece.path("rejected")).to_pylist()
-    found = [{**reject, "line": reject["line"] + before} for reject in alone]
-    lines = cast(list[int], kept["line"].to_pylist())
-    among = {lines[n] - before: ACROSS_ROWS[reasons[n]] for n in np.flatnonzero(reasons != KEPT).tolist()}
-    if among:
-        rows = {raw.line: as_text(raw.content) for raw in raw_rows(piece.chunk) if raw.line in among}
-        for n in np.flatnonzero(reasons != KEPT).tolist():
-            own = {"reason": ACROSS_ROWS[reasons[n]], "field": "", "detail": "", "row": rows[lines[n] - before]}
-            found.append({"line": lines[n], **own})
-    return iter(sorted(found, key=lambda reject: cast(int, reject["line"])))
+def _batches(path: Path) -> Iterator[pa.RecordBatch]:
+    with pa.ipc.open_file(str(path)) as file:
+        for number in range(file.num_record_batches):
+            yield file.get_batch(number)
+
+
+def _with_lines(batch: pa.RecordBatch, lines: NDArray[np.int64], chosen: NDArray[np.bool_]) -> pa.Table:
+    table = pa.Table.from_batches([batch])
+    place = table.schema.get_field_index("line")
+    return table.set_column(place, "line", pa.array(lines)).filter(pa.array(chosen))
+
+
+def _rejected(piece: Piece, among: Sequence[tuple[int, str]]) -> Iterator[dict[str, object]]:
+    """By line: those rejected by themselves, and `among` others: these rows are read once more, to be given whole."""
+    alone = (row for batch in _batches(piece.path("rejected")) for row in batch.to_pylist())
+    return merge(alone, _read_again(piece, among), key=lambda reject: cast(int, reject["line"]))
+
+
+def _read_again(piece: Piece, among: Sequence[tuple[int, str]]) -> Iterator[dict[str, object]]:
+    rows, text = raw_rows(piece.chunk) if among else iter(()), ""
+    raw = next(rows, None)
+    for line, reason in among:
+        while raw is not None and raw.line < line:
+            raw = next(rows)
+        text = as_text(raw.content) if raw is not None else ""
+        yield {"line": line, "reason": reason, "field": "", "detail": "", "row": text}
 
 
 def write_words(folder: Path, tally: Tally, description: dict[str, object]) -> dict[str, object]:
@@ -127,11 +151,6 @@ def _card(description: dict[str, object], sources: dict[str, Account], whole: Ac
     return "\n".join(lines) + "\n"
 
 
-def _read(path: Path) -> pa.Table:
-    with pa.memory_map(str(path)) as file:
-        return pa.ipc.open_file(file).read_all()
-
-
 class _Shards:
     """Owns the Parquet file that each split is being written to; a full one is followed by the next."""
 
@@ -142,9 +161,10 @@ class _Shards:
         self._bytes: Counter[str] = Counter()
         self._numbers: Counter[str] = Counter()
 
-    def write(self, split: str, table: pa.Table) -> None:
+    def write(self, split: str, table: pa.Table) -> int:
+        """Returns the number of rows."""
         if not table.num_rows:
-            return
+            return 0
         if self._bytes[split] > SHARD_BYTES:
             self._writers.pop(split).close()
             self._bytes[split] = 0
@@ -154,6 +174,7 @@ class _Shards:
             self._numbers[split] += 1
         self._writers[split].write_table(table)
         self._bytes[split] += table.nbytes
+        return table.num_rows
 
     def __enter__(self) -> "_Shards":
         return self

@@ -106,7 +106,7 @@ def test_byte_order_marks_and_carriage_returns_are_no_part_of_a_row(tmp_path: Pa
 def test_delimited_rows_are_numbered_by_the_line_that_they_begin_on(tmp_path: Path) -> None:
     found = read(written(tmp_path, "f.csv", b'a,b\n"two\nlines",1\nx,2\nonly one\n'))
     assert found[:2] == [(2, {"a": "two\nlines", "b": "1"}), (4, {"a": "x", "b": "2"})]
-    assert found[2] == (5, Damage("1 fields, where the header has 2: only one"))
+    assert found[2] == (5, Damage("1 fields, where the header has 2", row='["only one"]'))
 
 
 @pytest.mark.parametrize("name", ["f.jsonl.gz", "f.csv.gz", "f.jsonl.zst"])
