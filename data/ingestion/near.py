@@ -101,7 +101,7 @@ def _hash_of(word: str) -> int:
 def _rest(record: Record) -> str:
     match record:
         case Comparison():
-            rejected = [f"\x1e{word}" for word in normalize(record.rejected).split()]  # no likeness of A > B with B > A
+            rejected = [f"\x01{word}" for word in normalize(record.rejected).split()]  # no likeness of A > B with B > A
             return " ".join([normalize(record.chosen), *rejected])
         case Verdict():
             return normalize(record.response)

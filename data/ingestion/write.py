@@ -95,9 +95,13 @@ def _with_lines(batch: pa.RecordBatch, lines: NDArray[np.int64], chosen: NDArray
 
 
 def _rejected(piece: Piece, among: Sequence[tuple[int, str]]) -> Iterator[dict[str, object]]:
-    """By line: those rejected by themselves, and `among` others: these rows are read once more, to be given whole."""
+    """By line: those rejected by themselves, and `among` others: these rows are read once more, to be given whole. Of
+    a row that is rejected in several parts the first alone has it."""
     alone = (row for batch in _batches(piece.path("rejected")) for row in batch.to_pylist())
-    return merge(alone, _read_again(piece, among), key=lambda reject: cast(int, reject["line"]))
+    last = 0
+    for reject in merge(alone, _read_again(piece, among), key=lambda reject: cast(int, reject["line"])):
+        yield {**reject, "row": ""} if reject["line"] == last else reject
+        last = reject["line"]
 
 
 def _read_again(piece: Piece, among: Sequence[tuple[int, str]]) -> Iterator[dict[str, object]]:

@@ -139,3 +139,67 @@ def test_a_rejected_row_is_kept_as_it_was() -> None:
     assert as_text(b'{"a": "\xff"}') == '{"a": "\\xff"}'
     assert as_text({"a": "ü", "n": 1}) == '{"a": "ü", "n": 1}'
     assert decode(RawRow(1, b"[1]")) == Damage("no object: b'[1]'")
+
+
+@pytest.mark.parametrize("after", [b"\n[{}]", b" trailing", b"x" * (3 << 20)])
+def test_more_after_the_end_of_an_array_is_named(tmp_path: Path, after: bytes) -> None:
+    found = read(written(tmp_path, "f.json", b'[{"a": 1}, {"a": 2}]' + after))
+    assert [row for _, row in found[:2]] == [{"a": 1}, {"a": 2}]
+    damage = found[2][1]
+    assert isinstance(damage, Damage)
+    assert "more after the array's end" in damage.detail
+
+
+def test_a_number_at_the_border_of_what_is_read_is_one_element(tmp_path: Path) -> None:
+    content = b"[" + b" " * ((1 << 20) - 4) + b'12345, {"a": 1}]'
+    assert [type(row).__name__ for _, row in read(written(tmp_path, "f.json", content))] == ["Damage", "dict"]
+
+
+def test_a_bad_byte_in_an_array_costs_its_own_row_alone(tmp_path: Path) -> None:
+    rows = [row for _, row in read(written(tmp_path, "f.json", b'[{"a": "\xe9"}, {"a": "fine"}]'))]
+    assert rows == [{"a": "\udce9"}, {"a": "fine"}]
+
+
+def test_fields_of_delimited_text_may_be_long(tmp_path: Path) -> None:
+    content = "a,b\n" + "x" * 200_000 + ",1\ny,2\n"
+    assert [line for line, _ in read(written(tmp_path, "f.csv", content.encode()))] == [2, 3]
+
+
+def test_a_header_that_names_a_column_twice_is_named(tmp_path: Path) -> None:
+    (_, damage), *rest = read(written(tmp_path, "f.csv", b"a,b,a\n1,2,3\n"))
+    assert isinstance(damage, Damage)
+    assert "the header names a more than once" in damage.detail
+    assert rest == []
+
+
+def test_a_damaged_row_group_costs_its_own_rows_alone(tmp_path: Path) -> None:
+    path = tmp_path / "f.parquet"
+    pq.write_table(pa.Table.from_pylist(ROWS), path, row_group_size=10, compression="none", use_dictionary=False)
+    with pq.ParquetFile(path) as file:
+        column = file.metadata.row_group(1).column(0)
+        start, size = column.data_page_offset, column.total_compressed_size
+    content = bytearray(path.read_bytes())
+    content[start : start + size] = b"\xff" * size
+    path.write_bytes(content)
+    found = read(path)
+    assert [line for line, _ in found] == list(range(1, 41))
+    assert [line for line, row in found if isinstance(row, Damage)] == list(range(11, 21))
+
+
+def test_a_text_that_is_no_utf8_costs_its_own_row_alone(tmp_path: Path) -> None:
+    texts = pa.array([b"fine", b"\xff\xfe", b"fine too"]).view(pa.string())
+    pq.write_table(pa.table({"a": texts}), tmp_path / "f.parquet")
+    found = [row for _, row in read(tmp_path / "f.parquet")]
+    assert (found[0], found[2]) == ({"a": "fine"}, {"a": "fine too"})
+    assert isinstance(found[1], Damage)
+
+
+def test_a_file_that_may_not_be_read_is_an_error_and_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = written(tmp_path, "f.jsonl.gz", b"")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(DataError, match=r"f\.jsonl\.gz: it cannot be read: Permission denied"):
+        cut(path)

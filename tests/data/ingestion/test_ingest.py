@@ -15,7 +15,7 @@ import pytest
 from align.artifacts import read_artifact
 from align.cluster import map_on_cluster
 from align.config import SourceConfig
-from align.errors import ArtifactError, DataError, UsageError
+from align.errors import ArtifactError, DataError, InvariantError, UsageError
 from align.installation import import_root
 from data.codec import make_codec
 from data.ingestion.find import Asked
@@ -319,4 +319,75 @@ def test_an_error_on_the_cluster_arrives_as_it_was_raised(tmp_path: Path, ray_cl
     path = written(tmp_path / "f.jsonl", [pair("a", "b", "c")])
     with pytest.raises(DataError, match=r"no luck with .*f\.jsonl"):
         make(tmp_path, path, engine=engine)
+    assert [p.name for p in tmp_path.iterdir()] == ["f.jsonl"]
+
+
+def test_a_long_broken_first_line_costs_itself_alone(tmp_path: Path) -> None:
+    path = tmp_path / "f.jsonl"
+    path.write_bytes(b"x" * (5 << 20) + b"\n" + json.dumps(pair("a", "b", "c")).encode())
+    dataset = make(tmp_path, path)
+    assert account_of(dataset)["rejected"] == {"malformed": 1}
+    assert [row["line"] for row in rows_of(dataset)] == [2]
+    assert len(rejects_of(dataset)[0]["row"]) == 5 << 20
+
+
+def test_near_duplicates_of_a_row_that_is_rejected_itself_are_kept(tmp_path: Path) -> None:
+    words = [f"word{n}" for n in range(200)]
+    texts = [" ".join(words[8 * n : 8 * n + 90]) for n in range(4)]  # neighbours are alike at 0.83, others at 0.69
+    rows = [pair("one prompt for all of them", text, "a rejected answer that is the same for all") for text in texts]
+    dataset = make(tmp_path, written(tmp_path / "f.jsonl", rows), near_threshold=0.77)
+    assert [row["line"] for row in rows_of(dataset)] == [1, 3]
+
+
+def test_the_opposite_preference_is_a_contradiction_whatever_the_white_space_and_never_a_near_duplicate(
+    tmp_path: Path,
+) -> None:
+    long = " ".join(f"word{n}" for n in range(60))
+    rows = [
+        pair("Some question ", "yes", "no"),
+        pair("some question", "no", "Yes"),
+        pair("another", long, "no " + long[::-1]),
+        pair("another", "no " + long[::-1] + " x", long + " x"),
+    ]
+    dataset = make(tmp_path, written(tmp_path / "f.jsonl", rows), near_threshold=0.7)
+    assert account_of(dataset)["rejected"] == {"contradictory": 2}
+
+
+def test_a_tree_that_is_rejected_in_many_parts_stands_whole_once(tmp_path: Path) -> None:
+    replies = [{"text": f"answer {n}", "role": "assistant", "rank": n, "replies": []} for n in range(5)]
+    tree = {"message_tree_id": "t", "prompt": {"text": "why", "role": "prompter", "replies": replies}}
+    path = written(tmp_path / "f.jsonl", [tree, tree])
+    dataset = make(tmp_path, path)
+    assert account_of(dataset)["rejected"] == {"exact duplicate": 4}
+    assert [bool(reject["row"]) for reject in rejects_of(dataset)] == [True, False, False, False]
+
+
+def test_more_pieces_than_files_may_be_open_are_no_trouble(tmp_path: Path) -> None:
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for n in range(80):
+        written(tmp_path / f"{n:02}.jsonl", [pair(f"question {n}", "a", "b")])
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, before[1]))
+    try:
+        dataset = make(tmp_path, str(tmp_path / "*.jsonl"), near_threshold=0.8)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert account_of(dataset)["kept"] == 80
+
+
+def test_folders_of_the_user_that_look_like_ours_are_left_alone(tmp_path: Path) -> None:
+    for name in (".set.2024999999", ".set.99999999.old-notes", ".sets.99999999.tmp"):
+        (tmp_path / name).mkdir()
+    make(tmp_path, written(tmp_path / "f.jsonl", [pair("a", "b", "c")]))
+    assert {".set.2024999999", ".set.99999999.old-notes", ".sets.99999999.tmp"} <= {p.name for p in tmp_path.iterdir()}
+
+
+def test_rows_in_are_counted_where_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import data.ingestion.write
+
+    monkeypatch.setattr(data.ingestion.write, "_rejected", lambda piece, among: iter(()))
+    path = written(tmp_path / "f.jsonl", [pair("a", "b", "c"), pair("d", "e", "e")])
+    with pytest.raises(InvariantError, match="2 rows in, but 1 kept and 0 rejected"):
+        make(tmp_path, path)
     assert [p.name for p in tmp_path.iterdir()] == ["f.jsonl"]
