@@ -32,11 +32,13 @@ test: venv ## the tests that need no GPU and little time
 test-gpu: venv ## the tests that need a GPU
 	$(BIN)/pytest -m gpu
 
-bars: venv ## every benchmark, held against its bars (some 70 minutes; each alone: python -m tests.benchmarks NAME)
+bars: venv ## every benchmark, held against its bars (some three hours; each alone: python -m tests.benchmarks NAME)
 	$(BIN)/python -m tests.benchmarks trl-parity
+	$(BIN)/python -m tests.benchmarks defaults
 	$(BIN)/python -m tests.benchmarks ensemble-cost
 	$(BIN)/python -m tests.benchmarks ingestion
 	$(BIN)/python -m tests.benchmarks learning-parity
+	$(BIN)/python -m tests.benchmarks overoptimisation
 	$(BIN)/python -m tests.benchmarks quickstart
 
 lint: venv ## ruff, pyright, and the import ladder

@@ -32,7 +32,7 @@ SEEDS = tuple(range(6))
 PROCESSES = 2  # of one thread each
 DEFAULTS = "the defaults"
 Change = dict[str, dict[str, object]]
-_FOUR = {"responses_per_prompt": 4}
+_FOUR: dict[str, object] = {"responses_per_prompt": 4}
 VARIANTS: dict[str, Change] = {
     DEFAULTS: {},
     "advantage.lam=0.95": {"advantage": {"lam": 0.95}},
