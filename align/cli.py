@@ -230,33 +230,32 @@ def ingest(
     address: Annotated[
         str, typer.Option(help="Of the Ray cluster, as cluster.address; its nodes must share the folder of --to.")
     ] = "local",
-    quiet: Annotated[bool, typer.Option("--quiet", help="Only warnings and the final table.")] = False,
+    quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn raw data into a verified data set, with an account of every row."""
     with _one_message():
         _ours_only()
-        from align.ingest import IngestCall, run_ingest
+        from align.ingest import as_columns, as_held_out, as_token_rule, run_ingest
         from align.show import make_display, print_view
+        from data.ingestion.find import IngestRequest
 
-        call = IngestCall(
+        fraction, held_out_sources = as_held_out(held_out or ())
+        asked = IngestRequest(
             sources=tuple(sources),
-            to=to,
+            held_out=held_out_sources,
             shape=shape,
-            columns=columns,
-            held_out=tuple(held_out or ()),
-            weights=tuple(weight or ()),
-            near_threshold=near,
-            keep_ties=keep_ties,
-            tokenizer=tokenizer,
-            max_length=max_length,
-            system_prompt=system_prompt,
+            columns=as_columns(columns),
+            held_out_fraction=fraction,
             seed=seed,
-            engine=engine,
-            address=address,
+            keep_ties=keep_ties,
+            near_threshold=near,
+            weights=tuple(weight or ()),
+            tokens=as_token_rule(tokenizer, max_length, system_prompt),
         )
         with redirect_stdout(sys.stderr if as_json else sys.stdout):
-            account, view = run_ingest(call, display=make_display(is_quiet=quiet))
+            display = make_display(is_quiet=quiet)
+            account, view = run_ingest(asked, to, engine=engine, address=address, display=display)
         if as_json:
             print(json.dumps(account, indent=1))
         else:

@@ -2,7 +2,7 @@
 
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, cast
@@ -18,33 +18,15 @@ from align.errors import UsageError
 from align.installation import import_root
 from align.show import printable
 from align.status import Status
-from data.ingestion.find import Asked
+from data.ingestion.find import IngestRequest
 from data.ingestion.rules import TokenRule
 from data.ingestion.run import ingest, local_engine
 
 
-@dataclass(frozen=True)
-class IngestCall:
-    """The options of the command, as they were given."""
-
-    sources: tuple[str, ...]
-    to: Path
-    shape: str | None
-    columns: str | None
-    held_out: tuple[str, ...]
-    weights: tuple[float, ...]
-    near_threshold: float | None
-    keep_ties: bool
-    tokenizer: str | None
-    max_length: int | None
-    system_prompt: str | None
-    seed: int
-    engine: Literal["local", "ray"]
-    address: str
-
-
-def run_ingest(call: IngestCall, *, display: Display) -> tuple[dict[str, object], RenderableType]:
-    """The account, and the table that shows it."""
+def run_ingest(
+    asked: IngestRequest, to: Path, *, engine: Literal["local", "ray"], address: str, display: Display
+) -> tuple[dict[str, object], RenderableType]:
+    """The account, and the table that shows it. `address` is of the Ray cluster."""
     started = time.time()
     phase = ("", started)
 
@@ -55,60 +37,45 @@ def run_ingest(call: IngestCall, *, display: Display) -> tuple[dict[str, object]
             phase = (doing, now)
         display.progress(Status("ingest", doing, done, total, phase[1], now, {}))
 
+    on_cluster = partial(map_on_cluster, address=address, import_root=import_root())
+    own = on_cluster if engine == "ray" else local_engine(os.cpu_count() or 1)
     try:
-        engine = local_engine(os.cpu_count() or 1)
-        if call.engine == "ray":
-            engine = partial(map_on_cluster, address=call.address, import_root=import_root())
-        made = ingest(_asked(call), call.to, engine=engine, note=display.note, on_progress=on_progress)
+        account = ingest(asked, to, engine=own, note=display.note, on_progress=on_progress).account
     finally:
         display.close()
-    return made.account, _view(made.account, seconds=time.time() - started)
+    return account, _view(account, seconds=time.time() - started)
 
 
-def _asked(call: IngestCall) -> Asked:
-    fraction, held_out = _held_out(call.held_out)
-    return Asked(
-        sources=call.sources,
-        held_out=held_out,
-        shape=call.shape,
-        columns=tuple(_pairs(call.columns)) if call.columns else (),
-        held_out_fraction=fraction,
-        seed=call.seed,
-        keep_ties=call.keep_ties,
-        near_threshold=call.near_threshold,
-        weights=call.weights,
-        tokens=_token_rule(call),
-    )
-
-
-def _held_out(given: tuple[str, ...]) -> tuple[float, tuple[str, ...]]:
-    if len(given) != 1:
-        return 0.05, given
+def as_held_out(given: Sequence[str]) -> tuple[float, tuple[str, ...]]:
+    """(fraction, sources) of --held-out: a lone number is a fraction."""
     try:
-        fraction = float(given[0])
+        fraction = float(given[0]) if len(given) == 1 else None
     except ValueError:
-        return 0.05, given
+        fraction = None
+    if fraction is None:
+        return 0.05, tuple(given)
     if not 0 <= fraction < 1:
         raise UsageError(f"--held-out {given[0]}: a fraction is from 0 to below 1; a source is a file's name")
     return fraction, ()
 
 
-def _pairs(columns: str) -> list[tuple[str, str]]:
-    pairs = [part.partition("=") for part in columns.split(",")]
+def as_columns(columns: str | None) -> tuple[tuple[str, str], ...]:
+    """(ours, theirs) of --map."""
+    pairs = [part.partition("=") for part in columns.split(",")] if columns is not None else []
     wrong = [ours for ours, is_there, theirs in pairs if not (ours and is_there and theirs)]
     if wrong:
         raise UsageError(f"--map {columns}: wanted is ours=theirs,ours=theirs and so on; see {wrong[0]!r}")
-    return [(ours.strip(), theirs.strip()) for ours, _, theirs in pairs]
+    return tuple((ours.strip(), theirs.strip()) for ours, _, theirs in pairs)
 
 
-def _token_rule(call: IngestCall) -> TokenRule | None:
-    if call.tokenizer is None and call.max_length is None:
+def as_token_rule(tokenizer: str | None, max_length: int | None, system_prompt: str | None) -> TokenRule | None:
+    if tokenizer is None and max_length is None:
         return None
-    if call.tokenizer is None or call.max_length is None:
+    if tokenizer is None or max_length is None:
         raise UsageError("--tokenizer and --max-length go together: the one counts what the other limits")
-    load = partial(load_codec, BaseModelConfig(model=call.tokenizer), system_prompt=call.system_prompt)
+    load = partial(load_codec, BaseModelConfig(model=tokenizer), system_prompt=system_prompt)
     load()  # a wrong name is told before anything is read
-    return TokenRule(call.max_length, load, {"tokenizer": call.tokenizer, "system_prompt": call.system_prompt})
+    return TokenRule(max_length, load, {"tokenizer": tokenizer, "system_prompt": system_prompt})
 
 
 def _view(account: dict[str, object], *, seconds: float) -> RenderableType:

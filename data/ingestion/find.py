@@ -23,8 +23,8 @@ _HUB = "hub:"
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What `align ingest` was asked for."""
+class IngestRequest:
+    """What `align ingest` is asked for."""
 
     sources: tuple[str, ...]  # files, globs, or hub:NAME[:SPLIT]
     held_out: tuple[str, ...] = ()  # likewise; held out in place of a fraction
@@ -52,7 +52,7 @@ class Asked:
             raise UsageError("--weight draws shares of sources, and --held-out names sources that have none: give one")
 
 
-def find_pieces(asked: Asked, scratch: Path, note: Callable[[str], None]) -> list[Piece]:
+def find_pieces(asked: IngestRequest, scratch: Path, note: Callable[[str], None]) -> list[Piece]:
     """In the order of the sources as given, of a glob's files by name."""
     asked.check()
     forced = SHAPES[asked.shape] if asked.shape else None
@@ -70,7 +70,7 @@ def find_pieces(asked: Asked, scratch: Path, note: Callable[[str], None]) -> lis
     return pieces
 
 
-def describe(asked: Asked, kind: RecordKind, pieces: Sequence[Piece]) -> dict[str, object]:
+def describe(asked: IngestRequest, kind: RecordKind, pieces: Sequence[Piece]) -> dict[str, object]:
     """What dataset.json says beside the numbers."""
     return {
         "kind": kind,
@@ -129,7 +129,7 @@ def _unfit(row: Row) -> list[dict[str, object]]:
 _NO_SHAPE = Shape("none", "comparison", "nothing that can be read", _is_none, _unfit)
 
 
-def kind_of(pieces: Sequence[Piece]) -> RecordKind:
+def common_kind(pieces: Sequence[Piece]) -> RecordKind:
     """DataError if there is more than one."""
     kinds = {
         piece.source.shape.kind: piece.source.name for piece in reversed(pieces) if piece.source.shape != _NO_SHAPE

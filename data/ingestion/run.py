@@ -19,7 +19,7 @@ from pathlib import Path
 from align.artifacts import Artifact, write_directory
 from align.errors import ArtifactError, DataError, UsageError, WorkerError
 from data.ingestion.decide import decide
-from data.ingestion.find import Asked, describe, find_pieces, kind_of
+from data.ingestion.find import IngestRequest, common_kind, describe, find_pieces
 from data.ingestion.rules import RowRules, SetRules
 from data.ingestion.sift import Piece, Sifted, sift
 from data.ingestion.write import OnProgress, Tally, write_rows, write_words
@@ -34,7 +34,9 @@ class Ingested:
     account: dict[str, object]  # as in account.json
 
 
-def ingest(asked: Asked, to: Path, *, engine: Engine, note: Callable[[str], None], on_progress: OnProgress) -> Ingested:
+def ingest(
+    asked: IngestRequest, to: Path, *, engine: Engine, note: Callable[[str], None], on_progress: OnProgress
+) -> Ingested:
     """Make the data set at `to`: whole, or not at all.
 
     Raises:
@@ -50,7 +52,7 @@ def ingest(asked: Asked, to: Path, *, engine: Engine, note: Callable[[str], None
         scratch.mkdir(parents=True)
         pieces = find_pieces(asked, scratch, note)
         is_near_wanted = asked.near_threshold is not None
-        rules = RowRules(kind_of(pieces), asked.seed, asked.keep_ties, asked.tokens, is_near_wanted)
+        rules = RowRules(common_kind(pieces), asked.seed, asked.keep_ties, asked.tokens, is_near_wanted)
         sifted: list[Sifted] = []
         for one in engine(partial(sift, rules=rules), pieces):
             sifted.append(one)

@@ -1,4 +1,4 @@
-"""Rows whose tokens would not fit where they are to be trained on. Asked only where bytes cannot tell."""
+"""Rows whose tokens would not fit where they are to be trained on. IngestRequest only where bytes cannot tell."""
 
 from functools import cache
 

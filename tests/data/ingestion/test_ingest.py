@@ -18,7 +18,7 @@ from align.config import SourceConfig
 from align.errors import ArtifactError, DataError, InvariantError, UsageError
 from align.installation import import_root
 from data.codec import make_codec
-from data.ingestion.find import Asked
+from data.ingestion.find import IngestRequest
 from data.ingestion.rules import TokenRule
 from data.ingestion.run import Engine, ingest, local_engine
 from data.ingestion.shapes import SHAPES
@@ -35,7 +35,7 @@ SAMPLE_FILES = sorted(path.name for path in SAMPLES.iterdir())
 def make(folder: Path, *sources: Path | str, engine: Engine | None = None, to: str = "set", **asked: Any) -> Path:
     """The data set's folder, of the sources with these settings; nothing is held out unless asked for."""
     given: Row = {"held_out_fraction": 0.0, **asked}
-    settings = Asked(tuple(map(str, sources)), **given)
+    settings = IngestRequest(tuple(map(str, sources)), **given)
     ingest(settings, folder / to, engine=engine or local_engine(1), note=noted.append, on_progress=lambda *_: None)
     return folder / to
 
