@@ -50,7 +50,7 @@ def test_a_full_disk_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
     def fill(folder: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(ArtifactError, match=r"cannot write .*adapter: .*No space left.*run\.root"):
+    with pytest.raises(ArtifactError, match=r"cannot write .*adapter: .*No space left.*another place"):
         write_directory(tmp_path / "adapter", fill, kind="adapter", stage="sft", step=4, base_identity=BASE)
 
 

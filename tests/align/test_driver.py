@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+import align.cluster
 from align import settings
-from align.cluster import Cluster
 from align.driver import run_pipeline
 from align.errors import (
     AlignError,
@@ -75,10 +75,10 @@ def finished(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tup
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Cluster) -> None:
+    def refuse(address: str) -> bool:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr(Cluster, "_connect", refuse)
+    monkeypatch.setattr(align.cluster, "connect", refuse)
 
 
 def test_a_run_goes_through_all_steps_on_one_loaded_base(finished: tuple[Path, dict[str, Any], Recorder]) -> None:
@@ -232,10 +232,10 @@ def test_what_cannot_be_placed_deletes_nothing(folder: Path, ray_cluster: None) 
 
 
 def test_ctrl_c_says_how_to_go_on(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(self: Cluster) -> None:
+    def interrupt(address: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Cluster, "_connect", interrupt)
+    monkeypatch.setattr(align.cluster, "connect", interrupt)
     with pytest.raises(StoppedError, match=f"{COMMAND} --resume") as raised:
         run(folder)
     assert raised.value.exit_code == 130
@@ -264,10 +264,10 @@ def test_a_reward_function_that_is_nowhere_is_told_before_anything_runs(folder: 
 
 
 def test_held_out_prompts_that_are_trained_on_are_warned_of(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(self: Cluster) -> None:
+    def stop(address: str) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Cluster, "_connect", stop)
+    monkeypatch.setattr(align.cluster, "connect", stop)
     display = Recorder()
     with pytest.raises(StoppedError):
         run(folder, f"data.ppo.held_out={folder / 'prompts.jsonl'}", display=display)
