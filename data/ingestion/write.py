@@ -11,11 +11,13 @@ from typing import cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from align.artifacts import write_json
 from align.errors import InvariantError
+from align.statistics import wilson_interval
 from data.ingestion.decide import KEPT, Decisions
 from data.ingestion.rules import ACROSS_ROWS
 from data.ingestion.sift import Piece, Sifted
@@ -37,7 +39,26 @@ class Tally:
     rows_in: Counter[str] = field(default_factory=Counter[str])  # as they were read, not as a sum of the others
     kept: Counter[str] = field(default_factory=Counter[str])
     splits: Counter[str] = field(default_factory=Counter[str])
+    characters: Counter[str] = field(default_factory=Counter[str])  # in all kept rows, by column
+    longer: Counter[str] = field(
+        default_factory=Counter[str]
+    )  # pairs whose longer response is the chosen, the rejected
+    labels: Counter[str] = field(default_factory=Counter[str])
     first: str = ""  # the first rejected row: where, why
+
+    def measure(self, rows: pa.Table) -> None:
+        lengths = {
+            name: pc.utf8_length(rows[name]).to_numpy()
+            for name in ("chosen", "rejected", "completion", "text")
+            if name in rows.schema.names and rows[name].null_count == 0
+        }
+        for name, own in lengths.items():
+            self.characters[name] += int(own.sum())
+        if "chosen" in lengths:
+            difference = lengths["chosen"] - lengths["rejected"]
+            self.longer.update({"chosen": int((difference > 0).sum()), "rejected": int((difference < 0).sum())})
+        if "label" in rows.schema.names:
+            self.labels.update({"good": int(rows["label"].to_numpy().sum()), "all": rows.num_rows})
 
     def account(self, source: str) -> Account:
         """InvariantError if a row was lost on the way."""
@@ -68,7 +89,10 @@ def write_rows(
                 lines = batch["line"].to_numpy()
                 for split, mask in zip(SPLITS, (~is_held_out, is_held_out), strict=True):
                     chosen = mask & (reasons == KEPT)
-                    tally.splits[split] += shards.write(split, _with_lines(batch, lines + before, chosen))
+                    own = _with_lines(batch, lines + before, chosen)
+                    shards.write(split, own)
+                    tally.splits[split] += own.num_rows
+                    tally.measure(own)
                 tally.kept[source] += int((reasons == KEPT).sum())
                 among += [(int(lines[n]), ACROSS_ROWS[reasons[n]]) for n in np.flatnonzero(reasons != KEPT)]
                 start = rows.stop
@@ -80,6 +104,19 @@ def write_rows(
             before += one.rows
             on_progress("writing", number + 1, len(sifted))
     return tally
+
+
+def _statistics(tally: Tally, rows: int) -> list[str]:
+    lines = [f"- mean length of {name}: {count / rows:,.1f} characters" for name, count in tally.characters.items()]
+    if tally.longer.total():
+        chosen, total = tally.longer["chosen"], tally.longer.total()
+        low, high = wilson_interval(chosen, total)
+        lines.append(
+            f"- the longer response is the chosen one: {chosen / total:.3f} [{low:.3f}, {high:.3f}] of {total:,}"
+        )
+    if tally.labels["all"]:
+        lines.append(f"- good: {tally.labels['good']:,} of {tally.labels['all']:,}")
+    return [*lines, "", "More, with token lengths: `align inspect`.", ""]
 
 
 def _batches(path: Path) -> Iterator[pa.RecordBatch]:
@@ -124,7 +161,7 @@ def write_words(folder: Path, tally: Tally, description: dict[str, object]) -> d
     write_json(folder / "account.json", account)
     description = {**description, "splits": {split: tally.splits[split] for split in SPLITS}}
     write_json(folder / "dataset.json", description)
-    (folder / "datacard.md").write_text(_card(description, sources, whole), encoding="utf-8")
+    (folder / "datacard.md").write_text(_card(description, sources, whole, tally), encoding="utf-8")
     return account
 
 
@@ -132,7 +169,7 @@ def _plain(account: Account) -> dict[str, object]:
     return {**asdict(account), "rejected": dict(account.rejected)}
 
 
-def _card(description: dict[str, object], sources: dict[str, Account], whole: Account) -> str:
+def _card(description: dict[str, object], sources: dict[str, Account], whole: Account, tally: Tally) -> str:
     shapes, settings = (cast(dict[str, object], description[key]) for key in ("shapes", "settings"))
     splits = cast(dict[str, int], description["splits"])
     lines = [
@@ -148,6 +185,7 @@ def _card(description: dict[str, object], sources: dict[str, Account], whole: Ac
         "| --- | ---: |",
         *(f"| {reason} | {count:,} |" for reason, count in whole.rejected),
         "",
+        *_statistics(tally, whole.kept),
         f"Each rejected row stands whole in {REJECTS}. Made by `align ingest` with these settings:",
         "",
         *(f"- {key}: {json.dumps(value, ensure_ascii=False)}" for key, value in sorted(settings.items())),
@@ -165,10 +203,9 @@ class _Shards:
         self._bytes: Counter[str] = Counter()
         self._numbers: Counter[str] = Counter()
 
-    def write(self, split: str, table: pa.Table) -> int:
-        """Returns the number of rows."""
+    def write(self, split: str, table: pa.Table) -> None:
         if not table.num_rows:
-            return 0
+            return
         if self._bytes[split] > SHARD_BYTES:
             self._writers.pop(split).close()
             self._bytes[split] = 0
@@ -178,7 +215,6 @@ class _Shards:
             self._numbers[split] += 1
         self._writers[split].write_table(table)
         self._bytes[split] += table.nbytes
-        return table.num_rows
 
     def __enter__(self) -> "_Shards":
         return self

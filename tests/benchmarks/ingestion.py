@@ -136,7 +136,7 @@ def run(root: Path) -> int:
         "planted": asdict(planted),
         "timings": [asdict(timing) for timing in timings.values()],
         "notes": notes,
-        "accounts": bench.accounts,
+        "accounts": {name: {key: own[key] for key in Account.__annotations__} for name, own in bench.accounts.items()},
         "bars": [asdict(bar) for bar in bars],
     }
     print(json.dumps(result))

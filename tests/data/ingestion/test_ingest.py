@@ -208,6 +208,21 @@ def test_several_files_of_other_shapes_make_one_set_with_an_account_of_each(tmp_
     card = (dataset / "datacard.md").read_text()
     assert "| exact duplicate | 1 |" in card
     assert f"| {two} | alpaca-preference | 1 | 1 | 0 |" in card
+    assert "- mean length of chosen: 1.0 characters" in card
+
+
+def test_the_card_says_how_often_the_longer_response_is_the_chosen_one_and_how_many_are_good(tmp_path: Path) -> None:
+    rows = [
+        pair("a", "long one", "short"),
+        pair("b", "short", "long one"),
+        pair("c", "longest of all", "x"),
+        pair("d", "x", "y"),
+    ]
+    card = (make(tmp_path, written(tmp_path / "f.jsonl", rows)) / "datacard.md").read_text()
+    assert "the longer response is the chosen one: 0.667 [0.208, 0.939] of 3" in card
+    verdicts = [{"prompt": f"p{n}", "completion": "x", "label": n < 3} for n in range(4)]
+    card = (make(tmp_path, written(tmp_path / "v.jsonl", verdicts), to="verdicts") / "datacard.md").read_text()
+    assert "- good: 3 of 4" in card
 
 
 def test_rows_of_files_in_many_pieces_keep_their_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,3 +406,28 @@ def test_rows_in_are_counted_where_they_are_read(tmp_path: Path, monkeypatch: py
     with pytest.raises(InvariantError, match="2 rows in, but 1 kept and 0 rejected"):
         make(tmp_path, path)
     assert [p.name for p in tmp_path.iterdir()] == ["f.jsonl"]
+
+
+def test_a_hub_data_set_is_ingested_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    import data.ingestion.find
+
+    def load(source: SourceConfig) -> datasets.Dataset:
+        assert (source.hub, source.split) == ("owner/name", "test")
+        return datasets.Dataset.from_list([pair(f"question {n}", "good", "bad") for n in range(5)])
+
+    monkeypatch.setattr(data.ingestion.find, "load_hub", load)
+    dataset = make(tmp_path, "hub:owner/name:test")
+    assert list(account_of(dataset)["sources"]) == ["hub:owner/name:test"]
+    assert [row["line"] for row in rows_of(dataset)] == [1, 2, 3, 4, 5]
+
+
+def test_sources_are_mixed_by_weight_and_what_is_not_drawn_is_accounted_for(tmp_path: Path) -> None:
+    paths = [
+        written(tmp_path / f"{name}.jsonl", [pair(f"{name} {n}", "good", "bad") for n in range(size)])
+        for name, size in (("a", 60), ("b", 20))
+    ]
+    account = account_of(make(tmp_path, *paths, weights=(1.0, 2.0)))
+    assert {Path(name).stem: own["kept"] for name, own in account["sources"].items()} == {"a": 10, "b": 20}
+    assert account["rejected"] == {"not drawn by weight": 50}
