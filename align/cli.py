@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from align.errors import AlignError, ConfigError, ModelError, StoppedError, UsageError
+from align.errors import AlignError, ConfigError, StoppedError, UsageError
 
 if TYPE_CHECKING:
     from align.context import StageContext, StageResult
-    from data.tokenization import Codec
 
 app = typer.Typer(
     add_completion=False,
@@ -158,7 +157,9 @@ def inspect(
                 codec = None
                 if tokenizer is not None:
                     display.note(f"loading the tokenizer of {tokenizer}")  # its import alone takes seconds
-                    codec = _codec(tokenizer, system_prompt)
+                    from align.ingest import load_named_codec
+
+                    codec = load_named_codec(tokenizer, system_prompt)
                 on_progress = late_progress(display, stage="inspect", doing="reading rows")
                 found = inspect_dataset(folder, codec=codec, max_length=max_length, on_progress=on_progress)
             finally:
@@ -169,16 +170,6 @@ def inspect(
             print(json.dumps(asdict(found), indent=1))
         else:
             print_view(inspection_view(found))
-
-
-def _codec(model: str, system_prompt: str | None) -> "Codec":
-    from align.base import load_codec
-    from align.config import BaseModelConfig
-
-    try:
-        return load_codec(BaseModelConfig(model=model), system_prompt=system_prompt)
-    except ModelError as error:
-        raise ModelError(f"--tokenizer: {str(error).removeprefix('base.model: ')}") from None
 
 
 @app.command()

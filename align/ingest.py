@@ -14,13 +14,14 @@ from align.base import load_codec
 from align.cluster import map_on_cluster
 from align.config import BaseModelConfig
 from align.driver import Display
-from align.errors import UsageError
+from align.errors import ModelError, UsageError
 from align.installation import import_root
 from align.show import printable
 from align.status import Status
 from data.ingestion.find import IngestRequest
 from data.ingestion.rules import TokenRule
 from data.ingestion.run import ingest, local_engine
+from data.tokenization import Codec
 
 
 def run_ingest(
@@ -73,9 +74,16 @@ def as_token_rule(tokenizer: str | None, max_length: int | None, system_prompt: 
         return None
     if tokenizer is None or max_length is None:
         raise UsageError("--tokenizer and --max-length go together: the one counts what the other limits")
-    load = partial(load_codec, BaseModelConfig(model=tokenizer), system_prompt=system_prompt)
-    load()  # a wrong name is told before anything is read
-    return TokenRule(max_length, load, {"tokenizer": tokenizer, "system_prompt": system_prompt})
+    load_named_codec(tokenizer, system_prompt)  # a wrong name is told before anything is read
+    return TokenRule(max_length, tokenizer, system_prompt, load_named_codec)
+
+
+def load_named_codec(tokenizer: str, system_prompt: str | None) -> Codec:
+    """Of --tokenizer. ModelError if there is none."""
+    try:
+        return load_codec(BaseModelConfig(model=tokenizer), system_prompt=system_prompt)
+    except ModelError as error:
+        raise ModelError(f"--tokenizer: {str(error).removeprefix('base.model: ')}") from None
 
 
 def _view(account: dict[str, object], *, seconds: float) -> RenderableType:

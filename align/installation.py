@@ -47,7 +47,8 @@ def verify_worker(root: Path) -> None:
     Raises:
         InstallationError: one of them comes from elsewhere.
     """
-    sys.path.insert(0, str(root))
+    if sys.path[0] != str(root):  # a worker may be asked many times
+        sys.path.insert(0, str(root))
     importlib.invalidate_caches()
     for name in PACKAGES:
         if name not in sys.modules and not (root / name / "__init__.py").is_file():

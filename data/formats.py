@@ -51,13 +51,18 @@ def parse_row(row: Row, source: str, kind: RecordKind) -> Record | Reject:
         return Reject(source, unfit.reason, unfit.field, unfit.detail)
 
 
+def escape(text: str) -> str:
+    """With lone surrogates, which UTF-8 cannot hold, as escapes."""
+    return text.encode("utf-8", errors="backslashreplace").decode()
+
+
 def shorten(value: object) -> str:
     """`value` as one line of at most 80 characters."""
     try:
         line = " ".join((value if isinstance(value, str) else repr(value)).split())
     except RecursionError:  # json reads lists nested deeper than repr, called from further down the stack, can write
         line = f"a deeply nested {type(value).__name__}"
-    line = line.encode("utf-8", errors="backslashreplace").decode()  # lone surrogates
+    line = escape(line)
     return line if len(line) <= _DETAIL_LENGTH else line[: _DETAIL_LENGTH - 1] + "…"
 
 

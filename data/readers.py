@@ -9,7 +9,7 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import BufferedReader, TextIOWrapper
 from pathlib import Path
@@ -19,8 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from align.errors import DataError
-
-Row = Mapping[str, object]
+from data.formats import Row, escape
 
 KINDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 COMPRESSIONS = ("", ".gz", ".zst")
@@ -128,7 +127,7 @@ def as_text(content: bytes | Row | Damage) -> str:
     if isinstance(content, bytes):
         return content.decode("utf-8", errors="backslashreplace")
     text = content.row if isinstance(content, Damage) else json.dumps(content, ensure_ascii=False, default=str)
-    return text.encode("utf-8", errors="backslashreplace").decode()
+    return escape(text)
 
 
 def count_rows(chunk: Chunk) -> int:

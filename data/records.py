@@ -68,6 +68,30 @@ class PlainText:
 Record = Demonstration | Comparison | Verdict | Prompt | PlainText
 
 
+def messages_of(record: Record) -> tuple[Message, ...]:
+    """The messages that the template writes before what is beside them; all of a demonstration's."""
+    match record:
+        case Comparison(prompt) | Verdict(prompt):
+            return prompt
+        case Demonstration(messages) | Prompt(messages):
+            return messages
+        case PlainText():
+            return ()
+
+
+def texts_beside(record: Record) -> tuple[str, ...]:
+    """What stands beside the messages: both responses, the response, or the plain text."""
+    match record:
+        case Comparison(_, chosen, rejected):
+            return chosen, rejected
+        case Verdict(_, response):
+            return (response,)
+        case PlainText(text):
+            return (text,)
+        case Demonstration() | Prompt():
+            return ()
+
+
 @dataclass(frozen=True)
 class Reject:
     """A row that was set aside: `reason` is a short fixed phrase (counted), `detail` says what was seen."""

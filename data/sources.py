@@ -3,6 +3,7 @@ account of every row."""
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -13,7 +14,7 @@ from align.artifacts import read_artifact, read_json, sha256_of_file
 from align.config import SourceConfig
 from align.errors import DataError
 from data.formats import FORMATS, parse_row, shorten
-from data.readers import Damage, count_rows, cut, decode, raw_rows, require_file
+from data.readers import Damage, cut, decode, raw_rows, require_file
 from data.records import Account, Comparison, Demonstration, PlainText, Prompt, Record, RecordKind, Reject, Verdict
 
 if TYPE_CHECKING:
@@ -98,18 +99,16 @@ def iterate_rows(path: Path, *, limit: int | None, split: str = "train") -> Iter
 
 
 def _rows_of(path: Path) -> Iterator[LabelledRow]:
-    before = 0
-    for chunk in cut(path):
-        for raw in raw_rows(chunk):
-            row, number = decode(raw), before + raw.line
-            label = f"{path.name}:{'row ' if path.name.endswith('.parquet') else ''}{number}"
-            if not isinstance(row, Damage):
-                yield label, row
-            elif row.ends_file:
-                raise DataError(f"{path}:{number}: {row.detail}")
-            else:
-                yield label, Reject(label, "malformed", "", shorten(row.detail))
-        before += count_rows(chunk)
+    (whole,) = cut(path, chunk_bytes=sys.maxsize)
+    for raw in raw_rows(whole):
+        row = decode(raw)
+        label = f"{path.name}:{'row ' if path.name.endswith('.parquet') else ''}{raw.line}"
+        if not isinstance(row, Damage):
+            yield label, row
+        elif row.ends_file:
+            raise DataError(f"{path}:{raw.line}: {row.detail}")
+        else:
+            yield label, Reject(label, "malformed", "", shorten(row.detail))
 
 
 def is_dataset(path: Path) -> bool:

@@ -10,15 +10,14 @@ from typing import cast
 
 from align.config import SourceConfig
 from align.errors import DataError, UsageError
-from data.formats import UnfitError
+from data.formats import UnfitError, escape
 from data.ingestion.rules import SourceFile, TokenRule
-from data.ingestion.shapes import SHAPES, Row, Shape, detect, mapped
+from data.ingestion.shapes import ROWS_LOOKED_AT, SHAPES, Row, Shape, detect, mapped
 from data.ingestion.sift import Piece
 from data.readers import Chunk, Damage, cut, decode, raw_rows
 from data.records import RecordKind
-from data.sources import DATASET, load_hub
+from data.sources import is_dataset, load_hub
 
-DETECTION_ROWS = 100
 _HUB = "hub:"
 
 
@@ -82,9 +81,13 @@ def describe(asked: IngestRequest, kind: RecordKind, pieces: Sequence[Piece]) ->
             "near_threshold": asked.near_threshold,
             "weights": dict(zip(asked.sources, asked.weights, strict=False)),
             "map": dict(asked.columns),
-            "tokens": {"max_length": asked.tokens.max_length, **asked.tokens.told} if asked.tokens else None,
+            "tokens": _told(asked.tokens) if asked.tokens else None,
         },
     }
+
+
+def _told(rule: TokenRule) -> dict[str, object]:
+    return {"max_length": rule.max_length, "tokenizer": rule.tokenizer, "system_prompt": rule.system_prompt}
 
 
 def _files(source: str, scratch: Path) -> list[tuple[str, Path]]:
@@ -96,24 +99,20 @@ def _files(source: str, scratch: Path) -> list[tuple[str, Path]]:
         path = scratch / f"{hub.replace('/', '-')}-{split or 'train'}.parquet"
         load_hub(SourceConfig(hub=hub, split=split or "train")).to_parquet(str(path))
         return [(source, path)]
-    if (Path(source) / DATASET).is_file():
+    if is_dataset(Path(source)):
         raise DataError(f"{source} is a data set already; it can be ingested anew as {source}/'*.parquet'")
     if Path(source).exists() or not glob.has_magic(source):
-        return [(_printable(source), Path(source))]
+        return [(escape(source), Path(source))]
     names = sorted(glob.glob(source, recursive=True))
-    found = [(_printable(name), Path(name)) for name in names if Path(name).is_file()]
+    found = [(escape(name), Path(name)) for name in names if Path(name).is_file()]
     if not found:
         raise DataError(f"no file matches {source}")
     return found
 
 
-def _printable(name: str) -> str:
-    return name.encode("utf-8", errors="backslashreplace").decode()
-
-
 def _detect(name: str, chunks: Sequence[Chunk]) -> Shape:
     decoded = (decode(raw) for chunk in chunks for raw in raw_rows(chunk))
-    rows = list(islice((row for row in decoded if not isinstance(row, Damage)), DETECTION_ROWS))
+    rows = list(islice((row for row in decoded if not isinstance(row, Damage)), ROWS_LOOKED_AT))
     return detect(rows, where=name) if rows else _NO_SHAPE
 
 

@@ -17,7 +17,17 @@ from align.statistics import wilson_interval
 from data.formats import parse_row
 from data.ingestion.counters import Distribution, Histogram, PromptCounter, PromptCounts
 from data.ingestion.parts import Part, encoded_parts, part_lengths, plain_parts, text_runs, token_runs
-from data.records import Comparison, Demonstration, Message, PlainText, Prompt, Record, RecordKind, Reject, Verdict
+from data.records import (
+    Comparison,
+    Demonstration,
+    Message,
+    PlainText,
+    Record,
+    RecordKind,
+    Reject,
+    Verdict,
+    messages_of,
+)
 from data.sources import has_split, is_dataset, iterate_rows
 from data.splits import normalized_prompt
 from data.tokenization import Codec, EncodingError, OnProgress
@@ -150,13 +160,7 @@ def _record(kind: RecordKind, row: Mapping[str, Any]) -> Record:
 
 def _prompt_turns(record: Record) -> tuple[Message, ...]:
     """What comes before the answer, of a demonstration the last one."""
-    match record:
-        case Demonstration(messages):
-            return messages[:-1]
-        case Comparison(turns) | Verdict(turns) | Prompt(turns):
-            return turns
-        case PlainText():
-            return ()
+    return record.messages[:-1] if isinstance(record, Demonstration) else messages_of(record)
 
 
 class _Tally:

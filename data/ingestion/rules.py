@@ -1,7 +1,7 @@
 """What a data set is to be: the settings of an ingestion, and the reasons for which it rejects a row."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from data.ingestion.shapes import Shape
 from data.records import RecordKind
@@ -25,8 +25,9 @@ class TokenRule:
     """Rows are held against the length that the stages will train at, with the tokenization that they share."""
 
     max_length: int  # tokens, as <stage>.max_length; of a prompt ppo.rollout.max_prompt_length
-    load_codec: Callable[[], Codec]  # called once in each process
-    told: Mapping[str, object] = field(default_factory=dict[str, object], hash=False)  # of the tokenizer, for the card
+    tokenizer: str  # as base.model
+    system_prompt: str | None
+    load_codec: Callable[[str, str | None], Codec]  # a module's own function: equal, and hashed alike, in every process
 
 
 @dataclass(frozen=True)

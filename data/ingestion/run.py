@@ -21,7 +21,7 @@ from align.errors import ArtifactError, DataError, UsageError, WorkerError
 from data.ingestion.decide import decide
 from data.ingestion.find import IngestRequest, common_kind, describe, find_pieces
 from data.ingestion.rules import RowRules, SetRules
-from data.ingestion.sift import Piece, Sifted, sift
+from data.ingestion.sift import Piece, Sifted, sift, with_lines_before
 from data.ingestion.write import OnProgress, Tally, write_rows, write_words
 
 Sift = Callable[[Piece], Sifted]
@@ -79,12 +79,9 @@ def ingest(
 
 
 def _warn(sifted: Sequence[Sifted], note: Callable[[str], None]) -> None:
-    before = 0
-    for one in sifted:
-        before = before if one.piece.chunk.start else 0
+    for one, before in with_lines_before(sifted):
         for line, warning in one.warnings:
             note(f"warning: {one.piece.source.name}:{before + line}: {warning}")
-        before += one.rows
 
 
 def _reasons(tally: Tally) -> str:

@@ -14,7 +14,7 @@ from data.formats import Row
 from data.ingestion import chats, flat, rankings, recognition, transcripts
 from data.records import RecordKind
 
-_ROWS_LOOKED_AT = 100
+ROWS_LOOKED_AT = 100
 _KEYS_SHOWN = 30
 
 
@@ -31,7 +31,7 @@ class Shape:
 
 def detect(rows: Sequence[Row], *, where: str) -> Shape:
     """The shape that most of the first 100 rows have. DataError if none has one, or if two shapes are at par."""
-    looked_at = rows[:_ROWS_LOOKED_AT]
+    looked_at = rows[:ROWS_LOOKED_AT]
     counts = Counter(name for row in looked_at for name, shape in SHAPES.items() if shape.matches(row))
     best = [name for name, count in counts.items() if count == max(counts.values())]
     if len(best) == 1:

@@ -20,7 +20,7 @@ from data.ingestion.rules import IDENTICAL, TIE, RowRules, SourceFile
 from data.ingestion.tables import REJECTS, SCHEMAS, rejects_table, table_of
 from data.ingestion.tokens import TokenGate
 from data.readers import CHUNK_BYTES, Chunk, Damage, RawRow, as_text, count_rows, decode, raw_rows
-from data.records import Comparison, Demonstration, Message, PlainText, Prompt, Record, Reject, Verdict
+from data.records import Comparison, Record, Reject, Verdict, messages_of, texts_beside
 from data.splits import normalize, normalized_prompt, prompt_key
 
 # 8 bytes each: among 100 million rows, two different ones share a key with a probability of 3 in 10,000.
@@ -50,6 +50,15 @@ class Sifted:
     rows_in: int
     kept: int
     warnings: tuple[tuple[int, str], ...]  # (line, what the user must hear of before the account)
+
+
+def with_lines_before(sifted: Sequence[Sifted]) -> Iterator[tuple[Sifted, int]]:
+    """Each piece, in order, with how many lines of its file come before it."""
+    before = 0
+    for one in sifted:
+        before = before if one.piece.chunk.start else 0
+        yield one, before
+        before += one.rows
 
 
 def sift(piece: Piece, rules: RowRules) -> Sifted:
@@ -90,8 +99,8 @@ class _Tables:
     def keep(self, line: int, record: Record) -> None:
         self._lines.append(line)
         self._records.append(record)
-        turns, sides, _ = _parts(record)
-        self._flush_if_full(sum(len(turn.content) for turn in turns) + sum(map(len, sides)))
+        texts = (*(turn.content for turn in messages_of(record)), *texts_beside(record))
+        self._flush_if_full(sum(map(len, texts)))
 
     def reject(self, line: int, reject: Reject, text: str) -> None:
         self._rejects.append((line, reject, text))
@@ -163,7 +172,7 @@ def _keys(records: Sequence[Record], seed: int) -> tuple[list[str], NDArray[np.v
     hashes: list[str] = []
     keys = np.zeros(len(records), KEYS)
     for number, record in enumerate(records):
-        turns, sides, side = _parts(record)
+        turns, sides, side = messages_of(record), texts_beside(record), _side(record)
         content = blake2b(bytes([side + 1]), digest_size=16)
         for text in ("\x1e".join(f"{turn.role}\x1f{turn.content}" for turn in turns), *sides):
             content.update(_digest(text))
@@ -176,17 +185,11 @@ def _keys(records: Sequence[Record], seed: int) -> tuple[list[str], NDArray[np.v
     return hashes, keys
 
 
-def _parts(record: Record) -> tuple[Sequence[Message], Sequence[str], int]:
-    """(prompt, what stands beside it, which side): the side is 1 or −1, or 0 for what has none."""
-    match record:
-        case Comparison(prompt, chosen, rejected):
-            return prompt, (chosen, rejected), int(np.sign(record.preference - 0.5))
-        case Verdict(prompt, response):
-            return prompt, (response,), 1 if record.is_good else -1
-        case Demonstration(messages) | Prompt(messages):
-            return messages, (), 0
-        case PlainText(text):
-            return (), (text,), 0
+def _side(record: Record) -> int:
+    """Which of two opposite statements it makes: 1 or −1, or 0 for neither."""
+    if isinstance(record, Comparison):
+        return int(np.sign(record.preference - 0.5))
+    return (1 if record.is_good else -1) if isinstance(record, Verdict) else 0
 
 
 def _digest(text: str) -> bytes:

@@ -1,31 +1,35 @@
-"""Rows whose tokens would not fit where they are to be trained on. IngestRequest only where bytes cannot tell."""
+"""Rows whose tokens would not fit where they are to be trained on. Asked only where bytes cannot tell."""
 
 from functools import cache
 
 from data.ingestion.rules import TokenRule
-from data.records import Comparison, Demonstration, Message, PlainText, Prompt, Record, Reject, Verdict
+from data.records import (
+    Comparison,
+    Demonstration,
+    PlainText,
+    Prompt,
+    Record,
+    Reject,
+    Verdict,
+    messages_of,
+    texts_beside,
+)
 from data.tokenization import Codec, encode_comparisons, encode_demonstrations, encode_prompts, encode_verdicts
 
 _BYTES_PER_TURN = 64  # more than any template known writes around a turn
-_load = cache(lambda rule: rule.load_codec())  # one tokenizer a process
 
 
-def messages_of(record: Record) -> tuple[Message, ...]:
-    """Those that the template writes."""
-    match record:
-        case Comparison(prompt) | Verdict(prompt):
-            return prompt
-        case Demonstration(messages) | Prompt(messages):
-            return messages
-        case PlainText():
-            return ()
+@cache
+def _codec_of(rule: TokenRule) -> Codec:
+    """One tokenizer a process, whichever pieces come to it: the rule is pickled anew with each."""
+    return rule.load_codec(rule.tokenizer, rule.system_prompt)
 
 
 class TokenGate:
     """The very functions that the stages tokenize with say what would be set aside."""
 
     def __init__(self, rule: TokenRule) -> None:
-        self._codec: Codec = _load(rule)
+        self._codec = _codec_of(rule)
         self._max_length = rule.max_length
         tokenizer = self._codec.tokenizer
         self._ends = tuple(str(tokenizer.convert_ids_to_tokens(eos_id)) for eos_id in self._codec.eos_ids)
@@ -57,10 +61,8 @@ class TokenGate:
         """No token is shorter than a byte. A text that spells out an end token is looked at in any case."""
         prompt = "".join([self._codec.system_prompt or "", *(message.content for message in messages_of(record))])
         match record:
-            case Comparison():
-                counted = [record.chosen, record.rejected]
-            case Verdict():
-                counted = [record.response]
+            case Comparison() | Verdict():
+                counted = texts_beside(record)
             case Demonstration(messages):  # cut from the left, so that the last answer decides
                 counted = [messages[-1].content]
             case Prompt(messages):

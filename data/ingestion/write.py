@@ -20,7 +20,7 @@ from align.errors import InvariantError
 from align.statistics import wilson_interval
 from data.ingestion.decide import KEPT, Decisions
 from data.ingestion.rules import ACROSS_ROWS
-from data.ingestion.sift import Piece, Sifted
+from data.ingestion.sift import Piece, Sifted, with_lines_before
 from data.ingestion.tables import SCHEMAS
 from data.readers import as_text, raw_rows
 from data.records import Account, RecordKind
@@ -75,12 +75,11 @@ def write_rows(
     folder: Path, kind: RecordKind, sifted: Sequence[Sifted], decisions: Decisions, on_progress: OnProgress
 ) -> Tally:
     """Piece by piece, in order: the kept rows into their split's shards, the others with their reason."""
-    tally, start, before = Tally(), 0, 0
+    tally, start = Tally(), 0
     rejects = pa.CompressedOutputStream(pa.OSFile(str(folder / REJECTS), "wb"), "zstd")
     with rejects, _Shards(folder, SCHEMAS[kind]) as shards:
-        for number, one in enumerate(sifted):
+        for number, (one, before) in enumerate(with_lines_before(sifted), start=1):
             source = one.piece.source.name
-            before = before if one.piece.chunk.start else 0
             tally.rows_in[source] += one.rows_in
             counted, among = tally.rejected.setdefault(source, Counter()), list[tuple[int, str]]()
             for batch in _batches(one.piece.path("kept")):
@@ -101,8 +100,7 @@ def write_rows(
                 reject = {**reject, "line": cast(int, reject["line"]) + before, "source": source}
                 tally.first = tally.first or f"{source}:{reject['line']}: {reject['reason']} ({reject['detail']})"
                 rejects.write(json.dumps(reject, ensure_ascii=True, sort_keys=True).encode() + b"\n")
-            before += one.rows
-            on_progress("writing", number + 1, len(sifted))
+            on_progress("writing", number, len(sifted))
     return tally
 
 

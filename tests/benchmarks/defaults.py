@@ -12,20 +12,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from align.config import PPOConfig
-from align.context import PPOInputs, StageContext
-from align.randomness import stage_seed
-from align.tracking import Tracker
-from stages.ppo.train import run_ppo
 from tests.benchmarks.intervals import Interval, mean_interval
 from tests.benchmarks.parity_evaluation import Outcome, evaluate
-from tests.benchmarks.parity_ours import SCRIPTED, records, resident
+from tests.benchmarks.parity_ours import SCRIPTED, train
 from tests.benchmarks.parity_recipe import Job, Recipe
-from tests.benchmarks.parity_task import find_model, prompts
+from tests.benchmarks.parity_task import find_model
 from tests.benchmarks.peer.installation import finish, start
 
 SEEDS = tuple(range(6))
@@ -121,10 +116,7 @@ def config_of(name: str) -> PPOConfig:
 
 
 def _train(job: Job, folder: Path) -> None:
-    torch.set_num_threads(1)
-    stage, seed = folder / "ppo", stage_seed(job.seed, "ppo")
-    context = StageContext(resident(job), Tracker(stage, stage="ppo"), stage, seed, None, 0.0)
-    result = run_ppo(config_of(job.system), PPOInputs(None, (), records(prompts()[0])), context)
+    result = train(config_of(job.system), job, folder)
     outcome = evaluate(job, result.artifact("adapter").path)
     (folder / "outcome.json").write_text(json.dumps(asdict(outcome)), encoding="utf-8")
 

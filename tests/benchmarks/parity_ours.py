@@ -9,7 +9,7 @@ import torch
 from align.adapters import AdaptedModel
 from align.base import load_base
 from align.config import AdaptersConfig, BaseModelConfig, PPOConfig
-from align.context import PPOInputs, StageContext
+from align.context import PPOInputs, StageContext, StageResult
 from align.randomness import stage_seed
 from align.tracking import Tracker
 from data.records import Message, Prompt
@@ -68,15 +68,20 @@ def _config(recipe: Recipe, critic: str) -> PPOConfig:
     )
 
 
+def train(config: PPOConfig, job: Job, folder: Path) -> StageResult:
+    """One thread, as each of several processes has."""
+    torch.set_num_threads(1)
+    stage, seed = folder / "ppo", stage_seed(job.seed, "ppo")
+    context = StageContext(resident(job), Tracker(stage, stage="ppo"), stage, seed, None, 0.0)
+    return run_ppo(config, PPOInputs(None, (), records(prompts()[0])), context)
+
+
 def main(path: Path) -> None:
     job, folder = read_job(path)
-    torch.set_num_threads(1)
-    model = resident(job)
-    stage, seed = folder / "ppo", stage_seed(job.seed, "ppo")
-    context = StageContext(model, Tracker(stage, stage="ppo"), stage, seed, None, 0.0)
-    result = run_ppo(_config(job.recipe, job.system), PPOInputs(None, (), records(prompts()[0])), context)
-    lines = [json.loads(line) for line in (stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    curve = [Point(line["episode"], line["objective/score"], line["objective/kl"]) for line in lines]
+    result = train(_config(job.recipe, job.system), job, folder)
+    lines = (folder / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    points = [json.loads(line) for line in lines]
+    curve = [Point(point["episode"], point["objective/score"], point["objective/kl"]) for point in points]
     write_result(folder, job, result.artifact("adapter").path, curve)
 
 

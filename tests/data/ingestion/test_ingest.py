@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 from collections import Counter
 from dataclasses import replace
 from functools import partial
@@ -177,9 +178,29 @@ def test_near_duplicates_are_alike_in_prompt_and_in_responses(tmp_path: Path) ->
     assert [(reject["line"], reject["reason"]) for reject in rejects_of(dataset)] == [(2, "near duplicate")]
 
 
-def small_codec() -> Codec:
+loaded: list[str] = []
+
+
+def small_codec(name: str, system_prompt: str | None) -> Codec:
+    loaded.append(name)
     tokenizer = chatml()
-    return make_codec(tokenizer, eos_ids=[cast(int, tokenizer.eos_token_id)], system_prompt=None)
+    return make_codec(tokenizer, eos_ids=[cast(int, tokenizer.eos_token_id)], system_prompt=system_prompt)
+
+
+def test_a_process_loads_one_tokenizer_however_many_pieces_come_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import data.ingestion.find
+
+    def pickled(function: Any, pieces: Any) -> Any:
+        return [pickle.loads(pickle.dumps(function))(piece) for piece in pieces]
+
+    monkeypatch.setattr(data.ingestion.find, "cut", partial(data.ingestion.find.cut, chunk_bytes=200))
+    rows = [pair(f"question {n}", "good", "bad") for n in range(40)]
+    loaded.clear()
+    rule = TokenRule(99, "one a process", None, small_codec)
+    make(tmp_path, written(tmp_path / "f.jsonl", rows), tokens=rule, engine=pickled)
+    assert loaded == ["one a process"]
 
 
 @pytest.mark.parametrize("max_length", [60, 75, 90])
@@ -188,9 +209,9 @@ def test_token_lengths_reject_what_a_stage_would_set_aside_and_nothing_else(tmp_
 
     rows = [pair(f"question {n}", "y" * n, "n" * (100 - n)) for n in range(1, 100, 3)]
     path = written(tmp_path / "f.jsonl", rows)
-    dataset = make(tmp_path, path, tokens=TokenRule(max_length, small_codec))
+    dataset = make(tmp_path, path, tokens=TokenRule(max_length, "small", None, small_codec))
     records = read_records(SourceConfig(path=path), "comparison").records
-    _, rejects = encode_comparisons(small_codec(), records, max_length=max_length)
+    _, rejects = encode_comparisons(small_codec("small", None), records, max_length=max_length)
     assert 0 < len(rejects) <= len(rows)
     assert [(r["line"], r["reason"]) for r in rejects_of(dataset)] == [
         (int(reject.source.split(":")[1]), reject.reason) for reject in rejects
