@@ -5,7 +5,7 @@
 
 import copy
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -21,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 from align.base import Base
 from align.config import AdaptersConfig
 from align.errors import ArtifactError, ConfigError, InvariantError, ModelError
+from align.logprobs import LMHead
+from align.lora import LoRALinear, use_lora_product
 from align.randomness import stage_seed
 
 RAW_BASE = "base"  # the role with every adapter off: never the reference (that is the frozen sft adapter)
@@ -37,6 +39,7 @@ class AdaptedModel:
         self._lora = _lora_config(base.model, adapters)
         self._peft: PeftModel | None = None
         self._role: tuple[str, bool] = (RAW_BASE, False)
+        self._list_parameters()
         _verify_trunk_and_head(self)
 
     @property
@@ -126,6 +129,7 @@ class AdaptedModel:
             self._peft.unload()
         self._peft = None
         self._role = (RAW_BASE, False)
+        self._list_parameters()
 
     def _attach(self, name: str, config: LoraConfig) -> None:
         if name in self.names:
@@ -135,7 +139,14 @@ class AdaptedModel:
         else:
             self._peft.add_adapter(name, config)
         self.peft.eval()  # a new adapter's dropout comes in train mode
+        self._list_parameters()
         self._freeze()
+
+    def _list_parameters(self) -> None:
+        """Found once for each set of adapters: a switch of roles happens several times a micro-batch."""
+        self._layers: list[LoRALinear] = use_lora_product(self.base.model)
+        named = list(self.base.model.named_parameters())
+        self._parameters = [(key, parameter, _adapter_of(key, self.names)) for key, parameter in named]
 
     def _freeze(self) -> None:
         self.peft.requires_grad_(False)
@@ -164,25 +175,24 @@ class AdaptedModel:
             if name != RAW_BASE:
                 raise InvariantError(f"role {name}: no adapter has been added yet")
             return
-        lora = cast(LoraModel, self.peft.base_model)
-        if name == RAW_BASE:
-            lora.disable_adapter_layers()
-        else:
-            if name not in self.peft.peft_config:
-                raise InvariantError(f"role {name}: there are only the adapters {self.names}")
-            lora.enable_adapter_layers()
-            self.peft.set_adapter(name)
-        # set_adapter, disable_adapter_layers and load_adapter flip requires_grad as they like: say it last.
-        for key, parameter in self.base.model.named_parameters():
-            parameter.requires_grad_(train and _belongs(key, name))
+        if name != RAW_BASE and name not in self.peft.peft_config:
+            raise InvariantError(f"role {name}: there are only the adapters {self.names}")
+        # What PEFT's set_adapter and disable_adapter_layers set, without their walks over all modules (which cost as
+        # much as a twentieth of a forward pass) and without their flipping requires_grad as they like.
+        for layer in self._layers:
+            layer._disable_adapters = name == RAW_BASE  # pyright: ignore[reportPrivateUsage]
+            if name != RAW_BASE:
+                layer._active_adapter = [name]  # pyright: ignore[reportPrivateUsage]
+        if name != RAW_BASE:
+            self.peft.active_adapter = cast(LoraModel, self.peft.base_model).active_adapter = name
+        for _, parameter, adapter in self._parameters:
+            parameter.requires_grad = train and adapter == name
         self.verify_trainable()
 
     def verify_trainable(self) -> None:
         """Check that exactly the present role's parameters require grad. Raises InvariantError naming the others."""
         name, train = self._role
-        wrong = [
-            key for key, p in self.base.model.named_parameters() if p.requires_grad != (train and _belongs(key, name))
-        ]
+        wrong = [key for key, p, adapter in self._parameters if p.requires_grad != (train and adapter == name)]
         if wrong:
             raise InvariantError(
                 f"role {name} (train={train}): requires_grad is wrong for {len(wrong)}, first {wrong[0]}"
@@ -190,32 +200,29 @@ class AdaptedModel:
 
     def tensors(self, name: str) -> dict[str, nn.Parameter]:
         """The adapter's parameters under names that do not hold the adapter's own, sorted."""
-        found = {
-            key.replace(f".{name}.", "."): parameter
-            for key, parameter in self.base.model.named_parameters()
-            if _belongs(key, name)
-        }
+        found = {key.replace(f".{name}.", "."): parameter for key, parameter, own in self._parameters if own == name}
         return dict(sorted(found.items()))
 
     # ---- what is computed ----
 
-    def hidden(self, ids_BS: Tensor, is_token_BS: Tensor) -> Tensor:
-        """Last hidden states (B, S, H) in the base's dtype of right-padded sequences, under the present role."""
-        out = self.trunk(input_ids=ids_BS, attention_mask=is_token_BS.long(), use_cache=False)
-        return out.last_hidden_state
+    def hidden(self, ids_BS: Tensor) -> Tensor:
+        """Last hidden states (B, S, H) in the base's dtype of right-padded sequences, under the present role.
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits (..., V) in the base's dtype from hidden states (..., H)."""
-        logits = cast(nn.Module, self.base.model.get_output_embeddings())(hidden)
+        No mask: a causal model's tokens never look at the padding behind them. What stands at padding is arbitrary.
+        """
+        return self.trunk(input_ids=ids_BS, use_cache=False).last_hidden_state
+
+    @property
+    def lm_head(self) -> LMHead:
+        layer = cast(nn.Linear, self.base.model.get_output_embeddings())
         config = self.base.model.config
+        scale = 1.0
         if getattr(config, "logit_scale", None) is not None:  # Cohere
-            logits = logits * config.logit_scale
+            scale = config.logit_scale
         if getattr(config, "logits_scaling", None) is not None:  # Granite
-            logits = logits / config.logits_scaling
-        if getattr(config, "final_logit_softcapping", None) is not None:  # Gemma
-            cap = config.final_logit_softcapping
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+            scale = 1 / config.logits_scaling
+        softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+        return LMHead(layer.weight, layer.bias, scale, softcap)
 
     # ---- what must not change ----
 
@@ -231,8 +238,9 @@ class AdaptedModel:
         return _checksum(dict(sorted(own.items())))
 
 
-def _belongs(key: str, adapter: str) -> bool:
-    return ".lora_" in key and f".{adapter}." in key
+def _adapter_of(key: str, adapters: Sequence[str]) -> str | None:
+    """Whose a parameter is, by its key: an adapter's, or the base's (None)."""
+    return next((name for name in adapters if ".lora_" in key and f".{name}." in key), None)
 
 
 def _checksum(tensors: "dict[str, nn.Parameter] | dict[str, Tensor]") -> str:
@@ -291,7 +299,7 @@ def _verify_trunk_and_head(model: AdaptedModel) -> None:
     """Our trunk + head must be the model's own forward: an architecture that does more to its logits is refused."""
     ids = torch.arange(1, 9, device=model.device)[None]
     own = model.base.model(input_ids=ids, use_cache=False).logits.float()
-    ours = model.logits(model.hidden(ids, torch.ones_like(ids, dtype=torch.bool))).float()
+    ours = model.lm_head.logits(model.hidden(ids)).float()
     difference = (own - ours).abs().max().item()
     if not difference <= 1e-3 * own.abs().max().item():
         raise ModelError(

@@ -118,6 +118,8 @@ def load_base(config: BaseModelConfig) -> Base:
     """
     import torch
 
+    from align.attention import use_grouped_attention
+
     global _loads
     resolved = resolve_base(config)
     folder = resolved.folder
@@ -135,6 +137,7 @@ def load_base(config: BaseModelConfig) -> Base:
         )
     model, tokenizer = _load_whole(folder, config, dtype)
     _loads += 1
+    use_grouped_attention(model)
     cast("torch.nn.Module", model).to(device).eval().requires_grad_(False)
     eos_ids = _eos_ids(model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id)
     return Base(resolved, model, tokenizer, eos_ids, device, dtype)

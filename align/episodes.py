@@ -1,7 +1,8 @@
 """Episodes (one prompt and one response) and the no-frills passes over them: logprobs, values, scores.
 
 Batches are right-padded, so positions need no care; a response's token t is predicted from the hidden state at
-position prompt_length + t − 1. The full-vocabulary logits exist for one chunk of response tokens at a time.
+position prompt_length + t − 1. Only response tokens go through the LM head, and never as full-vocabulary logits
+(`align.logprobs`).
 """
 
 from collections.abc import Sequence
@@ -9,14 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from align.adapters import AdaptedModel
 from align.heads import ScalarHead
+from align.logprobs import token_logprobs
 from data.batching import right_pad
 from data.tokenization import TokenizedDemonstration
-
-_LOGIT_BYTES = 2**27  # at most this much of float32 logits at a time
 
 
 @dataclass(frozen=True)
@@ -77,20 +76,22 @@ def policy_pass(
     with_entropy: bool = False,
 ) -> PolicyPass:
     """Logprobs of the response tokens under the present role, with values from the same trunk if a head is given."""
-    hidden_BSH = model.hidden(batch.ids_BS, batch.is_token_BS)
+    hidden_BSH = model.hidden(batch.ids_BS)
     is_response_BT = batch.is_response_BT
     positions_BT = batch.response_positions_BT
     rows_N, steps_N = is_response_BT.nonzero(as_tuple=True)
     positions_N = positions_BT[rows_N, steps_N]
     before_NH = hidden_BSH[rows_N, positions_N - 1]
     targets_N = batch.ids_BS[rows_N, positions_N]
-    logprobs_N, entropy_N = token_logprobs(model, before_NH, targets_N, temperature, with_entropy)
+    logprobs_N, entropy_N = token_logprobs(
+        model.lm_head, before_NH, targets_N, temperature=temperature, with_entropy=with_entropy
+    )
     values_N = value_head(before_NH)[:, 0] if value_head is not None else None
 
     def scatter(values: Tensor | None) -> Tensor | None:
         if values is None:
             return None
-        return torch.zeros(is_response_BT.shape, device=values.device).index_put((rows_N, steps_N), values)
+        return values.new_zeros(is_response_BT.shape).index_put((rows_N, steps_N), values)
 
     logprobs_BT = scatter(logprobs_N)
     assert logprobs_BT is not None
@@ -99,52 +100,22 @@ def policy_pass(
 
 def text_pass(model: AdaptedModel, rows: Sequence[TokenizedDemonstration], *, pad_id: int) -> Tensor:
     """Logprobs (N,) float32 of the learnt tokens of all rows together, under the present role, at temperature 1."""
-    ids_BS, is_token_BS = right_pad([row.ids for row in rows], pad_id, model.device)
+    ids_BS, _ = right_pad([row.ids for row in rows], pad_id, model.device)
     is_learnt_BS, _ = right_pad([row.is_response for row in rows], 0, model.device)
     at_N, before_N = is_learnt_BS[:, 1:].nonzero(as_tuple=True)  # nothing predicts a row's first token
-    hidden_NH = model.hidden(ids_BS, is_token_BS)[at_N, before_N]
-    return token_logprobs(model, hidden_NH, ids_BS[at_N, before_N + 1], 1.0, with_entropy=False)[0]
+    hidden_NH = model.hidden(ids_BS)[at_N, before_N]
+    return token_logprobs(model.lm_head, hidden_NH, ids_BS[at_N, before_N + 1])[0]
 
 
 def value_pass(model: AdaptedModel, head: ScalarHead, batch: EpisodeBatch) -> Tensor:
     """Values (B, T) float32 of the state before each response token, under the present role; padding holds 0."""
-    hidden_BSH = model.hidden(batch.ids_BS, batch.is_token_BS)
+    hidden_BSH = model.hidden(batch.ids_BS)
     rows_B1 = torch.arange(len(hidden_BSH), device=hidden_BSH.device)[:, None]
     return head(hidden_BSH[rows_B1, batch.response_positions_BT - 1])[..., 0] * batch.is_response_BT
 
 
 def score_pass(model: AdaptedModel, head: ScalarHead, batch: EpisodeBatch) -> Tensor:
     """The reward model's score (B,) float32 at the real last token of each episode, under the present role."""
-    hidden_BSH = model.hidden(batch.ids_BS, batch.is_token_BS)
+    hidden_BSH = model.hidden(batch.ids_BS)
     last_B = batch.prompt_length_B + batch.response_length_B - 1
     return head(hidden_BSH[torch.arange(len(last_B), device=last_B.device), last_B])[:, 0]
-
-
-def token_logprobs(
-    model: AdaptedModel, hidden_NH: Tensor, targets_N: Tensor, temperature: float, with_entropy: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Logprobs and entropies (N,) of the untruncated softmax(logits / temperature), in float32, chunk by chunk.
-
-    With gradients on, each chunk's logits are computed again in the backward pass instead of being kept.
-    """
-    vocabulary = model.base.model.config.get_text_config().vocab_size
-    size = max(1, _LOGIT_BYTES // (4 * vocabulary))
-    logprobs, entropies = [], []
-
-    def one_chunk(hidden_CH: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor | None]:
-        logits_CV = model.logits(hidden_CH).float() / temperature
-        log_total_C = logits_CV.logsumexp(-1)
-        entropy_C = None
-        if with_entropy:  # H = log Z − Σ p·logit
-            entropy_C = log_total_C - ((logits_CV - log_total_C[:, None]).exp() * logits_CV).sum(-1)
-        return logits_CV.gather(-1, targets_C[:, None])[:, 0] - log_total_C, entropy_C
-
-    for start in range(0, len(targets_N), size):
-        chunk = slice(start, start + size)
-        if torch.is_grad_enabled():
-            result = checkpoint(one_chunk, hidden_NH[chunk], targets_N[chunk], use_reentrant=False)
-        else:
-            result = one_chunk(hidden_NH[chunk], targets_N[chunk])
-        logprobs.append(result[0])
-        entropies.append(result[1])
-    return torch.cat(logprobs), torch.cat(entropies) if with_entropy else None

@@ -1,21 +1,25 @@
 """Responses from the resident model itself: no second copy of the base.
 
-Sampling is one keyed uniform a token and the inverse CDF of the softmax at the sampling temperature, so a response
-does not depend on which others are generated beside it.
+Rows decode side by side in slots; a row that has finished leaves, and the next waiting prompt takes its place. Sampling
+is one keyed uniform a token and the inverse CDF of the softmax at the sampling temperature, so a response does not
+depend on which others are generated beside it.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from align.adapters import AdaptedModel
 from align.context import Sampling
-from data.batching import left_pad
+from align.slots import Slots
 from data.tokenization import Codec
+
+_ENTERING_TOKENS = 8192  # computed at a time, at most: bounds the activations of entering prompts
+_BLOCK = 256  # vocabulary entries whose probabilities are summed before the inverse CDF looks inside
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,19 @@ class Response:
     ids: tuple[int, ...]  # EOS included where the response ended
     logprobs: tuple[float, ...]  # the sampler's own, to be compared with the trainer's
     has_eos: bool
+
+
+@dataclass
+class _Row:
+    """A response in the making."""
+
+    number: int  # of its prompt
+    ids: list[int] = field(default_factory=list[int])
+    logprobs: list[float] = field(default_factory=list[float])
+    has_eos: bool = False
+
+    def response(self) -> Response:
+        return Response(tuple(self.ids), tuple(self.logprobs), self.has_eos)
 
 
 @torch.no_grad()
@@ -35,99 +52,129 @@ def generate(
     uniforms_BT: np.ndarray,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Response]:
-    """One response to each prompt, under the present role.
+    """One response to each prompt, under the present role. Equal prompts side by side are prefilled once.
 
     Args:
         prompts: token ids, each at least one.
         uniforms_BT: float64 in [0, 1), shape (len(prompts), max_response_length).
         on_progress: called with (responses done, responses in all).
     """
-    responses: list[Response] = []
-    for start in range(0, len(prompts), sampling.batch_size):
-        chunk = slice(start, start + sampling.batch_size)
-        responses += _generate_batch(model, codec, prompts[chunk], sampling, uniforms_BT[chunk])
-        if on_progress is not None:
-            on_progress(len(responses), len(prompts))
-    return responses
-
-
-def _generate_batch(
-    model: AdaptedModel, codec: Codec, prompts: list[tuple[int, ...]], sampling: Sampling, uniforms_BT: np.ndarray
-) -> list[Response]:
-    """Rows that have finished leave the batch (and the key/value cache), so that they stop costing."""
-    uniforms = torch.from_numpy(uniforms_BT).to(model.device)
-    eos = torch.tensor(codec.eos_ids, device=model.device)
-    ids_BS, is_token_BS = left_pad(prompts, codec.pad_id, model.device)
-    cache = DynamicCache(config=model.base.model.config)
-    rows = torch.arange(len(prompts), device=model.device)  # which prompt each row of the batch belongs to
-    tokens: list[list[int]] = [[] for _ in prompts]
-    logprobs: list[list[float]] = [[] for _ in prompts]
-    finished = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
-    has_eos = [False] * len(prompts)
-    next_ids = ids_BS
-    for step in range(sampling.max_response_length):
-        logits_BV = _next_logits(model, next_ids, is_token_BS, cache)
-        chosen_B, logprob_B = sample(logits_BV, uniforms[rows, step], sampling, eos, step)
-        is_last_B = torch.isin(chosen_B, eos)
-        for row, token, logprob, last, done in zip(
-            rows.tolist(), chosen_B.tolist(), logprob_B.tolist(), is_last_B.tolist(), finished.tolist(), strict=True
-        ):
-            if not done:
-                tokens[row].append(token)
-                logprobs[row].append(logprob)
-                has_eos[row] = last
-        finished |= is_last_B
-        if finished.all():
-            break
-        next_ids = chosen_B[:, None]
-        is_token_BS = torch.cat([is_token_BS, torch.ones_like(is_token_BS[:, :1])], dim=1)
-        if finished.sum() * 4 >= len(finished):  # copying the cache pays once a quarter of the rows can go
-            keep = (~finished).nonzero()[:, 0]
-            cache.batch_select_indices(keep)
-            next_ids, is_token_BS, rows, finished = next_ids[keep], is_token_BS[keep], rows[keep], finished[keep]
-    return [Response(tuple(t), tuple(lp), e) for t, lp, e in zip(tokens, logprobs, has_eos, strict=True)]
-
-
-def _next_logits(model: AdaptedModel, ids_BS: Tensor, is_token_BS: Tensor, cache: DynamicCache) -> Tensor:
-    """Logits (B, V) after the last token. Under left padding positions count real tokens only."""
-    position_ids = (is_token_BS.long().cumsum(-1) - 1).clamp(min=0)[:, -ids_BS.shape[1] :]
-    out = model.trunk(
-        input_ids=ids_BS,
-        attention_mask=is_token_BS.long(),
-        position_ids=position_ids,
-        past_key_values=cache,
-        use_cache=True,
+    waiting = deque(range(len(prompts)))
+    size = min(sampling.batch_size, len(prompts))
+    slots = Slots(
+        model,
+        size=size,
+        max_prompt=max(map(len, prompts), default=0),
+        max_response=sampling.max_response_length,
+        is_refilled=len(prompts) > size,
     )
-    return model.logits(out.last_hidden_state[:, -1])
+    rows: list[_Row] = []  # in the order of the slots
+    done: dict[int, Response] = {}
+    eos = torch.tensor(codec.eos_ids, device=model.device)
+    while rows or waiting:
+        entering = _next_to_enter(waiting, prompts, free=size - len(rows), size=size)
+        if entering:
+            stepping = [_Row(number) for number in entering]
+            rows += stepping
+            hidden_BH = slots.enter([prompts[number] for number in entering], pad_id=codec.pad_id)
+        else:
+            stepping = rows
+            hidden_BH = slots.advance([row.ids[-1] for row in rows])
+        _append_tokens(stepping, model.lm_head.logits(hidden_BH), sampling, uniforms_BT, eos)
+        is_done = [row.has_eos or len(row.ids) == sampling.max_response_length for row in rows]
+        if any(is_done):
+            done |= {row.number: row.response() for row, over in zip(rows, is_done, strict=True) if over}
+            rows = [rows[slot] for slot in slots.leave(is_done)]
+            if on_progress is not None:
+                on_progress(len(done), len(prompts))
+    return [done[number] for number in range(len(prompts))]
 
 
-def sample(logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling, eos: Tensor, step: int) -> tuple[Tensor, Tensor]:
+def _next_to_enter(waiting: deque[int], prompts: list[tuple[int, ...]], *, free: int, size: int) -> list[int]:
+    """Take prompts off the queue: none before an eighth of the slots is free, since few rows at a time enter slowly."""
+    if free < min(len(waiting), max(1, size // 8)):
+        return []
+    entering: list[int] = []
+    longest = 0
+    while waiting and len(entering) < free:
+        longest = max(longest, len(prompts[waiting[0]]))
+        if entering and longest * (len(entering) + 1) > _ENTERING_TOKENS:
+            break
+        entering.append(waiting.popleft())
+    return entering
+
+
+def _append_tokens(
+    rows: Sequence[_Row], logits_BV: Tensor, sampling: Sampling, uniforms_BT: np.ndarray, eos: Tensor
+) -> None:
+    steps = [len(row.ids) for row in rows]
+    uniforms_B = torch.from_numpy(uniforms_BT[[row.number for row in rows], steps]).to(logits_BV.device)
+    is_early_B = torch.tensor([step < sampling.min_response_length for step in steps], device=logits_BV.device)
+    tokens_B, logprobs_B = sample(logits_BV, uniforms_B, sampling, eos=eos, is_early_B=is_early_B)
+    ends = torch.isin(tokens_B, eos).tolist()
+    for row, token, logprob, end in zip(rows, tokens_B.tolist(), logprobs_B.tolist(), ends, strict=True):
+        row.ids.append(token)
+        row.logprobs.append(logprob)
+        row.has_eos = end
+
+
+def sample(
+    logits_BV: Tensor, uniforms_B: Tensor, sampling: Sampling, *, eos: Tensor, is_early_B: Tensor
+) -> tuple[Tensor, Tensor]:
     """Tokens (B,) by the inverse CDF, and their logprobs (B,) under the untruncated softmax at the temperature.
 
-    The CDF is summed in float64: in float32 its last step would swallow rare tokens of a large vocabulary.
+    Args:
+        is_early_B: bool, the rows that may not end yet.
     """
-    logprobs_BV = torch.log_softmax(logits_BV.float() / sampling.temperature, dim=-1)
-    allowed_BV = logprobs_BV
-    if step < sampling.min_response_length:
-        allowed_BV = allowed_BV.index_fill(-1, eos, -torch.inf)
+    if sampling.temperature != 1.0:
+        logits_BV = logits_BV.float() / sampling.temperature
+    probs_BV = torch.softmax(logits_BV, dim=-1, dtype=torch.float32)
+    allowed_BV = probs_BV
+    if sampling.min_response_length:
+        is_eos_V = torch.isin(torch.arange(probs_BV.shape[-1], device=eos.device), eos)
+        allowed_BV = allowed_BV.masked_fill(is_early_B[:, None] & is_eos_V, 0.0)
     if sampling.top_k or sampling.top_p < 1.0:
         allowed_BV = _truncate(allowed_BV, sampling)
-    cdf_BV = allowed_BV.exp().cumsum(-1, dtype=torch.float64)
-    targets_B1 = uniforms_B[:, None] * cdf_BV[:, -1:]
-    # right=True: the first token whose CDF lies above the target, so one of probability 0 is never taken
-    tokens_B1 = torch.searchsorted(cdf_BV, targets_B1, right=True).clamp(max=logits_BV.shape[-1] - 1)
-    return tokens_B1[:, 0], logprobs_BV.gather(-1, tokens_B1)[:, 0]
+    tokens_B = _inverse_cdf(allowed_BV, uniforms_B)
+    return tokens_B, probs_BV.gather(-1, tokens_B[:, None])[:, 0].log()
 
 
-def _truncate(logprobs_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Top-k and top-p (Holtzman et al. 2020): everything outside the kept set gets −inf."""
-    sorted_BV, order_BV = logprobs_BV.sort(dim=-1, descending=True, stable=True)
+def _inverse_cdf(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+    """The first token (B,) whose running sum of weights lies above uniform · total, so never one of weight 0.
+
+    First the block is found by the sums of blocks, then the token inside it. Sums are in float64: in float32 the last
+    steps of a large vocabulary would swallow rare tokens.
+    """
+    size = weights_BV.shape[-1]
+    whole = size // _BLOCK * _BLOCK
+    sums_BK = weights_BV[:, :whole].unflatten(-1, (-1, _BLOCK)).sum(-1, dtype=torch.float64)
+    if whole < size:
+        sums_BK = torch.cat([sums_BK, weights_BV[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)], dim=-1)
+    ends_BK = sums_BK.cumsum(-1)
+    targets_B1 = _below(uniforms_B[:, None] * ends_BK[:, -1:], ends_BK[:, -1:])
+    blocks_B1 = torch.searchsorted(ends_BK, targets_B1, right=True)
+    targets_B1 = targets_B1 - (ends_BK - sums_BK).gather(-1, blocks_B1)
+    tokens_BN = blocks_B1 * _BLOCK + torch.arange(_BLOCK, device=weights_BV.device)
+    inside_BN = weights_BV.gather(-1, tokens_BN.clamp(max=size - 1)).masked_fill(tokens_BN >= size, 0.0)
+    ends_BN = inside_BN.cumsum(-1, dtype=torch.float64)
+    targets_B1 = _below(targets_B1, ends_BN[:, -1:])
+    return (blocks_B1 * _BLOCK + torch.searchsorted(ends_BN, targets_B1, right=True))[:, 0]
+
+
+def _below(targets: Tensor, bound: Tensor) -> Tensor:
+    """Rounding may put a target on its bound; then it is the largest number below."""
+    return torch.minimum(targets, torch.nextafter(bound, torch.zeros_like(bound)))
+
+
+def _truncate(probs_BV: Tensor, sampling: Sampling) -> Tensor:
+    """Top-k and top-p (Holtzman et al. 2020): everything outside the kept set gets 0."""
+    sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True, stable=True)
+    sorted_BV = sorted_BV / sorted_BV.sum(-1, keepdim=True)
     rank = torch.arange(sorted_BV.shape[-1], device=sorted_BV.device)
-    probs_BV = sorted_BV.softmax(-1)
     drop_BV = (
-        (probs_BV.cumsum(-1) - probs_BV) >= sampling.top_p if sampling.top_p < 1.0 else rank.expand_as(probs_BV) < 0
+        (sorted_BV.cumsum(-1) - sorted_BV) >= sampling.top_p if sampling.top_p < 1.0 else rank.expand_as(sorted_BV) < 0
     )
     if sampling.top_k:
         drop_BV = drop_BV | (rank >= sampling.top_k)
     drop_BV = drop_BV & (rank > 0)  # the likeliest token always stays
-    return logprobs_BV.masked_fill(torch.zeros_like(drop_BV).scatter(-1, order_BV, drop_BV), -torch.inf)
+    return probs_BV.masked_fill(torch.zeros_like(drop_BV).scatter(-1, order_BV, drop_BV), 0.0)

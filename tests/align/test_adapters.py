@@ -384,14 +384,14 @@ def test_known_ways_to_scale_logits_are_applied(setting: str, value: float) -> N
     model = resident("llama")
     hidden = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        plain = model.logits(hidden)
+        plain = model.lm_head.logits(hidden)
         setattr(model.base.model.config, setting, value)
         scaled = {
             "logit_scale": plain * value,
             "logits_scaling": plain / value,
             "final_logit_softcapping": torch.tanh(plain / value) * value,
         }[setting]
-        torch.testing.assert_close(model.logits(hidden), scaled)
+        torch.testing.assert_close(model.lm_head.logits(hidden), scaled)
 
 
 def test_adapter_config_names_the_base_and_no_folder_of_this_machine(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import align.episodes
 from align.adapters import AdaptedModel
 from align.episodes import Episode, EpisodeBatch, collate, policy_pass, score_pass, value_pass
 from align.heads import ScalarHead
@@ -84,56 +83,6 @@ def test_a_score_is_read_at_the_real_last_token_also_where_pad_is_eos(shape: str
         for pad_id in (end, 0):
             scores_B = score_pass(model, head, collate(episodes, pad_id=pad_id, device=model.device))
             assert scores_B.tolist() == pytest.approx(expected, abs=1e-5)
-
-
-@pytest.mark.parametrize("tokens_a_chunk", [1, 3, 5])
-def test_chunking_changes_neither_values_nor_gradients(tokens_a_chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = with_adapters("llama", "sft")
-    batch = collated(model, drawn_episodes(LENGTHS, end=model.base.eos_ids[0]))
-
-    def run() -> tuple[Tensor, Tensor, list[Tensor]]:
-        with model.role("sft", train=True):
-            out = policy_pass(model, batch, temperature=0.7, with_entropy=True)
-            assert out.entropy_BT is not None
-            parameters = list(model.tensors("sft").values())
-            weights_BT = torch.linspace(-1, 1, out.logprobs_BT.numel()).reshape(out.logprobs_BT.shape)
-            loss = (weights_BT * (out.logprobs_BT + 0.1 * out.entropy_BT)).sum()
-            return out.logprobs_BT.detach(), out.entropy_BT.detach(), list(torch.autograd.grad(loss, parameters))
-
-    logprobs_BT, entropy_BT, gradients = run()
-    monkeypatch.setattr(align.episodes, "_LOGIT_BYTES", 4 * model.base.model.config.vocab_size * tokens_a_chunk)
-    chunked_BT, chunked_entropy_BT, chunked_gradients = run()
-    torch.testing.assert_close(chunked_BT, logprobs_BT, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(chunked_entropy_BT, entropy_BT, rtol=1e-5, atol=2e-5)
-    assert any(gradient.abs().max() > 1e-3 for gradient in gradients)
-    for chunked, whole in zip(chunked_gradients, gradients, strict=True):
-        torch.testing.assert_close(chunked, whole, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("train", [False, True])
-def test_the_full_vocabulary_logits_of_a_whole_batch_are_never_held(
-    train: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = with_adapters("llama", "sft")
-    bound = 4 * model.base.model.config.vocab_size * 4  # bytes of 4 tokens' logits; the batch has 14
-    monkeypatch.setattr(align.episodes, "_LOGIT_BYTES", bound)
-    sizes: list[int] = []
-    plain = AdaptedModel.logits
-
-    def spied(self: AdaptedModel, hidden: Tensor) -> Tensor:
-        logits = plain(self, hidden)
-        sizes.append(4 * logits.numel())
-        return logits
-
-    monkeypatch.setattr(AdaptedModel, "logits", spied)
-    batch = collated(model, drawn_episodes(LENGTHS, end=model.base.eos_ids[0]))
-    with model.role("sft", train=train), torch.set_grad_enabled(train):
-        out = policy_pass(model, batch)
-        assert [size // (bound // 4) for size in sizes] == [4, 4, 4, 2]
-        if train:  # each chunk once more: its logits were not kept for the backward pass
-            out.logprobs_BT.sum().backward()
-            assert sorted(sizes[4:]) == sorted(sizes[:4])
-    assert max(sizes) <= bound
 
 
 def test_a_row_is_the_same_bit_for_bit_when_its_batch_is_looked_at_again() -> None:

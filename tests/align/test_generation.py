@@ -1,10 +1,12 @@
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import align.generation
 from align.adapters import AdaptedModel
 from align.context import Sampling
 from align.episodes import Episode, collate, policy_pass
@@ -105,20 +107,98 @@ def test_any_listed_eos_stops_a_response() -> None:
     assert [(r.ids, r.has_eos) for r in responses] == [((256,), True), ((258,), True)]
 
 
-def test_rows_that_have_finished_leave_the_batch_once_a_quarter_has() -> None:
+def watched_rows(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(rows, tokens a row) of every forward pass from now on."""
+    shapes: list[tuple[int, int]] = []
+    plain = type(model.trunk).forward
+
+    def spied(trunk: object, *args: object, **kwargs: torch.Tensor) -> object:
+        shapes.append((kwargs["input_ids"].shape[0], kwargs["input_ids"].shape[1]))
+        return plain(trunk, *args, **kwargs)
+
+    monkeypatch.setattr(type(model.trunk), "forward", spied)
+    return shapes
+
+
+def test_rows_that_have_finished_leave_at_once_and_the_others_go_on_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
     model = with_adapters("llama", "sft")
-    rows: list[int] = []
-    handle = model.trunk.register_forward_pre_hook(
-        lambda _, __, kwargs: rows.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    # Two of eight end at step 0 and leave; one of six stays; with the next that is two of six, so both leave.
-    responses = respond(model, PROMPTS, uniforms(ends={2: 0, 7: 0, 4: 1, 0: 2}))
-    assert rows == [8, 6, 6, 4, 4, 4]
+    drawn = uniforms(ends={2: 0, 7: 0, 4: 1, 0: 2})
+    alone = respond(model, PROMPTS, drawn, batch_size=1)
+    shapes = watched_rows(model, monkeypatch)
+    responses = respond(model, PROMPTS, drawn)
+    assert shapes == [(8, 8), (6, 1), (5, 1), (4, 1), (4, 1), (4, 1)]
     assert [len(response.ids) for response in responses] == [3, 6, 1, 6, 2, 6, 6, 1]
-    rows.clear()
+    assert [response.ids for response in responses] == [response.ids for response in alone]
+    shapes.clear()
     respond(model, PROMPTS, uniforms(ends=dict.fromkeys(range(8), 1)))
-    assert rows == [8, 8]  # and when all have finished, nothing is computed any more
-    handle.remove()
+    assert shapes == [(8, 8), (8, 1)]  # and when all have finished, nothing is computed any more
+
+
+def test_waiting_prompts_take_the_places_of_rows_that_have_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_adapters("llama", "sft")
+    drawn = uniforms(ends={0: 0, 1: 2, 2: 1})
+    shapes = watched_rows(model, monkeypatch)
+    responses = respond(model, PROMPTS[:5], drawn[:5], batch_size=2)
+    # Two enter, the first ends at once; the third enters beside the second, and so on: never more than two decode
+    assert shapes[:4] == [(2, 2), (1, 3), (2, 1), (1, 4)]
+    assert max(rows for rows, tokens in shapes if tokens == 1) == 2
+    assert sum(rows * tokens for rows, tokens in shapes) < 5 * (5 + 6)
+    assert [r.ids for r in responses] == [r.ids for r in respond(model, PROMPTS[:5], drawn[:5], batch_size=1)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_many_refills_move_the_window_of_the_cache_back_and_change_no_response(shape: str) -> None:
+    model = with_adapters(shape, "sft")
+    prompts = [PROMPTS[n % 8] for n in range(24)]
+    drawn = uniforms(24, ends={n: n % 7 for n in range(24) if n % 7 < 6})
+    with model.role("sft"):
+        sampling = replace(SAMPLING, batch_size=3)
+        slots = generate(model, model.base.codec(None), prompts, sampling=sampling, uniforms_BT=drawn)
+    alone = respond(model, prompts, drawn, batch_size=1)
+    assert [(r.ids, r.has_eos) for r in slots] == [(r.ids, r.has_eos) for r in alone]
+    for one, other in zip(slots, alone, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_a_prompt_is_prefilled_once_for_its_responses(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_adapters("llama", "sft")
+    prompts = [prompt for prompt in PROMPTS[4:6] for _ in range(4)]
+    alone = respond(model, prompts, uniforms(), batch_size=1)
+    shapes = watched_rows(model, monkeypatch)
+    together = respond(model, prompts, uniforms())
+    assert shapes[:2] == [(2, 6), (8, 1)]
+    assert [r.ids for r in together] == [r.ids for r in alone]
+    assert len({r.ids for r in together}) == 8
+
+
+def test_long_prompts_enter_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_adapters("llama", "sft")
+    monkeypatch.setattr(align.generation, "_ENTERING_TOKENS", 12)
+    alone = respond(model, PROMPTS, uniforms(), batch_size=1)
+    shapes = watched_rows(model, monkeypatch)
+    together = respond(model, PROMPTS, uniforms())
+    assert shapes[:6] == [(3, 3), (2, 5), (1, 6), (1, 7), (1, 8), (8, 1)]
+    assert [r.ids for r in together] == [r.ids for r in alone]
+
+
+def test_a_sliding_window_holds_for_rows_that_enter_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_adapters("qwen2", "sft")
+    config = model.base.model.config
+    alone_without = respond(model, PROMPTS, uniforms(), batch_size=1)
+    monkeypatch.setattr(config, "sliding_window", 3)
+    monkeypatch.setattr(config, "layer_types", ["sliding_attention"] * config.num_hidden_layers)
+    monkeypatch.setattr(model.trunk, "has_sliding_layers", True, raising=False)
+    for layer in cast(nn.ModuleList, model.trunk.layers):
+        monkeypatch.setattr(layer.self_attn, "layer_type", "sliding_attention", raising=False)
+        monkeypatch.setattr(layer.self_attn, "sliding_window", 3, raising=False)
+        monkeypatch.setattr(layer, "attention_type", "sliding_attention", raising=False)
+    responses = respond(model, PROMPTS, uniforms(ends={0: 0, 2: 1}), batch_size=3)
+    assert [r.ids for r in responses[3:]] != [r.ids for r in alone_without[3:]]
+    with model.role("sft"):
+        for prompt, response in zip(PROMPTS, responses, strict=True):
+            logprobs_SV = logits_of(model, prompt + response.ids).log_softmax(-1)
+            expected = [logprobs_SV[len(prompt) + t - 1, token].item() for t, token in enumerate(response.ids)]
+            assert response.logprobs == pytest.approx(expected, abs=1e-4)
 
 
 def test_generation_follows_the_present_role_and_leaves_no_gradients() -> None:
@@ -151,7 +231,9 @@ def test_progress_is_told_in_responses() -> None:
 def draw(
     logits_V: Tensor, uniforms_N: Tensor, *, eos: Tensor = NO_EOS, step: int = 0, **changes: float
 ) -> tuple[Tensor, Tensor]:
-    return sample(logits_V.expand(len(uniforms_N), -1), uniforms_N.double(), replace(SAMPLING, **changes), eos, step)
+    logits_NV, sampling = logits_V.expand(len(uniforms_N), -1), replace(SAMPLING, **changes)
+    is_early_N = torch.full((len(uniforms_N),), step < sampling.min_response_length)
+    return sample(logits_NV, uniforms_N.double(), sampling, eos=eos, is_early_B=is_early_N)
 
 
 def evenly(count: int) -> Tensor:
@@ -187,6 +269,15 @@ def test_a_token_of_probability_0_is_never_drawn() -> None:
     extremes = torch.tensor([0.0, 2**-53, LAST_TOKEN], dtype=torch.float64)
     assert draw(logits_V, extremes)[0].tolist() == [1, 1, 3]
     assert set(draw(logits_V, evenly(1000))[0].tolist()) == {1, 3}
+
+
+@pytest.mark.parametrize("size", [1, 255, 256, 257, 700])
+def test_the_inverse_cdf_by_blocks_is_the_plain_one_over_the_whole_vocabulary(size: int) -> None:
+    logits_V = 3 * torch.randn(size, generator=torch.Generator().manual_seed(size))
+    uniforms_N = torch.cat([evenly(5000), torch.tensor([0.0, LAST_TOKEN], dtype=torch.float64)])
+    cdf_V = logits_V.softmax(-1).double().cumsum(-1)
+    expected_N = torch.searchsorted(cdf_V, uniforms_N * cdf_V[-1], right=True).clamp(max=size - 1)
+    assert torch.equal(draw(logits_V, uniforms_N)[0], expected_N)
 
 
 def test_rare_tokens_after_a_likely_one_can_be_drawn() -> None:

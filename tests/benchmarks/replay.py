@@ -145,11 +145,11 @@ class Replay:
 
     def own_pass(self, model: AdaptedModel) -> tuple[float, float]:
         """Relative errors of the logprobs and of the policy's gradient as the learner itself computes them: in float32,
-        right-padded, chunk by chunk."""
+        right-padded, tile by tile. The LM head, which the learner never trains, is left out of the gradient."""
         parameters = dict(model.base.model.named_parameters())
         for name, parameter in parameters.items():
             parameter.data.copy_(self._all[f"{self._step}/weight/policy.{name}"])
-            parameter.requires_grad_(True)
+        parameters = {n: p.requires_grad_(True) for n, p in parameters.items() if p is not model.lm_head.weight_VH}
         batch = collate(self._episodes(), pad_id=self._pad_id, device=model.device)
         mask_BT = batch.is_response_BT
         real = slice(mask_BT.shape[1])

@@ -1,0 +1,85 @@
+"""The LoRA product, y = x Wᵀ + b + s (x Aᵀ) Bᵀ, as one step of autograd.
+
+PEFT computes it from separate layers: the low-rank result, its scaled copy and the sum each pass over the activations
+once more, forwards and backwards, and under a bfloat16 base the input is copied into the adapter's float32. Here the
+low-rank part is added into the product itself, in the base's dtype, and what is kept for the backward pass is x (which
+q, k and v share) and the rank-r x Aᵀ. A and B, and their gradients, stay float32.
+"""
+
+from typing import Any, cast
+
+import torch
+from peft.tuners.lora import Linear as PeftLinear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
+
+
+class LoRALinear(PeftLinear):
+    """PEFT's layer with another forward. What is not plain LoRA, or has dropout at work, is left to PEFT's own."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or not active:
+            return self.base_layer(x, *args, **kwargs)
+        name, base = active[0], cast(nn.Linear, self.base_layer)
+        if len(active) > 1 or args or kwargs or not self._is_plain(name):
+            return super().forward(x, *args, **kwargs)
+        weight_OI = base.weight.t() if isinstance(base, Conv1D) else base.weight
+        low, high = cast(nn.Linear, self.lora_A[name]), cast(nn.Linear, self.lora_B[name])
+        a_RI, b_OR, scale = low.weight, high.weight, self.scaling[name]
+        if torch.is_grad_enabled():
+            return _LoRAProduct.apply(x, weight_OI, base.bias, a_RI, b_OR, scale)
+        return _product(x.reshape(-1, x.shape[-1]), weight_OI, base.bias, a_RI, b_OR, scale)[0].view(*x.shape[:-1], -1)
+
+    def _is_plain(self, name: str) -> bool:
+        has_dropout = self.training and not isinstance(self.lora_dropout[name], nn.Identity)
+        return not (self.merged or has_dropout or name in self.lora_variant or self.lora_bias[name])
+
+
+def use_lora_product(model: nn.Module) -> list[LoRALinear]:
+    """Give every LoRA layer of PEFT's the forward above; returns them all."""
+    for module in model.modules():
+        if type(module) is PeftLinear:
+            module.__class__ = LoRALinear
+    return [module for module in model.modules() if isinstance(module, LoRALinear)]
+
+
+def _product(
+    x_NI: Tensor, weight_OI: Tensor, bias: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """y (N, O) and x Aᵀ (N, R), both in the dtype of x."""
+    y_NO = torch.mm(x_NI, weight_OI.t()) if bias is None else torch.addmm(bias, x_NI, weight_OI.t())
+    low_NR = torch.mm(x_NI, a_RI.to(x_NI.dtype).t())
+    return y_NO.addmm_(low_NR, b_OR.to(x_NI.dtype).t(), alpha=scale), low_NR
+
+
+class _LoRAProduct(torch.autograd.Function):
+    """W and b are frozen, whatever they say. dx = g W + s (g B) A; dA = s (g B)ᵀ x; dB = s gᵀ (x Aᵀ)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight_OI: Tensor, bias: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
+    ) -> Tensor:
+        x_NI = x.reshape(-1, x.shape[-1])
+        y_NO, low_NR = _product(x_NI, weight_OI, bias, a_RI, b_OR, scale)
+        ctx.save_for_backward(x_NI, low_NR, weight_OI, a_RI, b_OR)
+        ctx.scale = scale
+        return y_NO.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable  # it has no types, so pyright misses the name of ctx
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x_NI, low_NR, weight_OI, a_RI, b_OR = ctx.saved_tensors
+        gradient = gradients[0]
+        g_NO = gradient.reshape(-1, gradient.shape[-1])
+        low_g_NR = torch.mm(g_NO, b_OR.to(g_NO.dtype))
+        dx = da_RI = db_OR = None
+        if ctx.needs_input_grad[0]:
+            dx_NI = torch.mm(g_NO, weight_OI).addmm_(low_g_NR, a_RI.to(g_NO.dtype), alpha=ctx.scale)
+            dx = dx_NI.view(*gradient.shape[:-1], -1)
+        if ctx.needs_input_grad[3]:
+            da_RI = torch.mm(low_g_NR.t(), x_NI).to(a_RI.dtype).mul_(ctx.scale)
+        if ctx.needs_input_grad[4]:
+            db_OR = torch.mm(g_NO.t(), low_NR).to(b_OR.dtype).mul_(ctx.scale)
+        return dx, None, None, da_RI, db_OR, None

@@ -1,0 +1,165 @@
+"""A static key/value cache whose slots are refilled: the memory of `align.generation`.
+
+All slots write the same column at the same time. A prompt enters so that it ends just before that column, in whatever
+slot is free, so a slot holds its row's tokens without a gap from the row's first column to the present one. Masks and
+sliding windows then mean what they mean under left padding, and one step writes one slice. At the last column the
+window moves back to the left.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from align.adapters import AdaptedModel
+from data.batching import left_pad
+
+
+class Slots:
+    """Owns the cache: which columns hold whose keys and values. Slots 0 … len − 1 are in use.
+
+    Args:
+        size: slots.
+        max_prompt: tokens of the longest prompt that will enter.
+        max_response: tokens; a row leaves with its last one.
+        is_refilled: whether rows enter while others go on.
+    """
+
+    def __init__(
+        self, model: AdaptedModel, *, size: int, max_prompt: int, max_response: int, is_refilled: bool
+    ) -> None:
+        self._model = model
+        self._size = size
+        self._max_prompt = max_prompt
+        # Refilled, the window moves back once every `max_response` steps; otherwise it never has to.
+        self._num_columns = max_prompt + max_response * (2 if is_refilled else 1)
+        self._column = max_prompt  # that the next token is written to
+        self._starts: list[int] = []  # of each slot in use: its row's first column
+        self._entering: Tensor | None = None  # while prompts enter: which of them each new slot takes
+        self._tensors: list[Tensor] = []  # keys and values of every layer: (slots, groups, columns, D)
+        self._cache = Cache(layer_class_to_replicate=lambda: _Layer(self))  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def enter(self, prompts: Sequence[tuple[int, ...]], *, pad_id: int) -> Tensor:
+        """Put prompts into free slots, after those in use; equal ones are computed once.
+
+        Returns:
+            The last hidden states (len(prompts), H).
+        """
+        places = {ids: place for place, ids in enumerate(dict.fromkeys(prompts))}
+        self._entering = torch.tensor([places[ids] for ids in prompts], device=self._model.device)
+        ids_BS, is_token_BS = left_pad(list(places), pad_id, self._model.device)
+        position_ids = (is_token_BS.long().cumsum(-1) - 1).clamp(min=0)
+        hidden_BH = self._hidden(ids_BS, is_token_BS, position_ids)[self._entering]
+        self._entering = None
+        self._starts += [self._column - len(ids) for ids in prompts]
+        return hidden_BH
+
+    def advance(self, tokens: Sequence[int]) -> Tensor:
+        """Take in one more token of every row; returns the last hidden states (len, H)."""
+        if self._column == self._num_columns:
+            self._move_back()
+        device = self._model.device
+        starts_B1 = torch.tensor(self._starts, device=device)[:, None]
+        columns_L = torch.arange(self._first, self._column + 1, device=device)
+        ids_B1 = torch.tensor(tokens, device=device)[:, None]
+        hidden_BH = self._hidden(ids_B1, columns_L >= starts_B1, self._column - starts_B1)
+        self._column += 1
+        return hidden_BH
+
+    def leave(self, is_done: Sequence[bool]) -> list[int]:
+        """Free the slots of rows that are done; the last rows move into the gaps.
+
+        Returns:
+            Of each slot still in use the slot that its row was in.
+        """
+        kept = [slot for slot, done in enumerate(is_done) if not done]
+        gaps = [slot for slot in range(len(kept)) if is_done[slot]]
+        movers = kept[len(kept) - len(gaps) :]
+        order = list(range(len(kept)))
+        for gap, mover in zip(gaps, movers, strict=True):
+            order[gap] = mover
+        if gaps:
+            columns = slice(min(self._starts[slot] for slot in movers), self._column)
+            for tensor in self._tensors:
+                tensor[gaps, :, columns] = tensor[movers, :, columns]
+        self._starts = [self._starts[slot] for slot in order]
+        return order
+
+    @property
+    def _first(self) -> int:
+        return min(self._starts)
+
+    def _hidden(self, ids_BS: Tensor, is_token_BL: Tensor, position_ids_BS: Tensor) -> Tensor:
+        out = self._model.trunk(
+            input_ids=ids_BS,
+            attention_mask=is_token_BL,
+            position_ids=position_ids_BS,
+            past_key_values=self._cache,
+            use_cache=True,
+        )
+        return out.last_hidden_state[:, -1]
+
+    def _move_back(self) -> None:
+        """To where the oldest row begins in column 0, but leave room for the longest prompt to enter."""
+        by = min(self._first, self._column - self._max_prompt)
+        for tensor in self._tensors:
+            tensor[:, :, : self._column - by] = tensor[:, :, by : self._column].clone()
+        self._column -= by
+        self._starts = [start - by for start in self._starts]
+
+    # ---- what the layers ask ----
+
+    def allocate(self, like: Tensor) -> Tensor:
+        # Zeros: what no row has written yet is masked, but 0 · NaN would come through
+        self._tensors.append(like.new_zeros((self._size, like.shape[1], self._num_columns, like.shape[3])))
+        return self._tensors[-1]
+
+    def store(self, cached: Tensor, new: Tensor) -> Tensor:
+        """Write keys or values (B, groups, S, D); returns those that the queries see."""
+        used = len(self._starts)
+        if self._entering is not None:
+            place = slice(self._column - new.shape[2], self._column)
+            cached[used : used + len(self._entering), :, place] = new[self._entering]
+            return new
+        cached[:used, :, self._column] = new[:, :, 0]
+        return cached[:used, :, self._first : self._column + 1]
+
+    def seen(self) -> int:
+        """Columns before the present tokens that their queries see."""
+        return 0 if self._entering is not None else self._column - self._first
+
+
+class _Layer(CacheLayerMixin):
+    """One decoder layer's keys and values, in transformers' terms."""
+
+    is_sliding = False  # sliding layers hold whole rows too: their window is in the mask
+
+    def __init__(self, slots: Slots) -> None:
+        super().__init__()
+        self._slots = slots
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = self._slots.allocate(key_states), self._slots.allocate(value_states)
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None
+        assert self.values is not None
+        return self._slots.store(self.keys, key_states), self._slots.store(self.values, value_states)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self._slots.seen() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self._slots.seen()
+
+    def get_max_length(self) -> int:
+        return -1
