@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from align.base import Base
+from align.compiled import CompiledLayers
 from align.config import AdaptersConfig
 from align.errors import ArtifactError, ConfigError, InvariantError, ModelError
 from align.logprobs import LMHead
@@ -40,7 +41,10 @@ class AdaptedModel:
         self._peft: PeftModel | None = None
         self._role: tuple[str, bool] = (RAW_BASE, False)
         self._list_parameters()
-        _verify_trunk_and_head(self)
+        self._compiled = None
+        _verify_trunk_and_head(self)  # against the model's own forward, so not compiled
+        if base.is_compiled:
+            self._compiled = CompiledLayers(self.trunk)
 
     @property
     def base_identity(self) -> str:
@@ -210,7 +214,12 @@ class AdaptedModel:
 
         No mask: a causal model's tokens never look at the padding behind them. What stands at padding is arbitrary.
         """
-        return self.trunk(input_ids=ids_BS, use_cache=False).last_hidden_state
+        if self._compiled is None:
+            return self.trunk(input_ids=ids_BS, use_cache=False).last_hidden_state
+        own = [parameter for _, parameter, adapter in self._parameters if adapter == self._role[0]]
+        with self._compiled.used(own):
+            hidden_BSH = self.trunk(input_ids=ids_BS, use_cache=False).last_hidden_state
+        return hidden_BSH if torch.is_grad_enabled() else hidden_BSH.detach()
 
     @property
     def lm_head(self) -> LMHead:

@@ -46,6 +46,7 @@ class Base:
     eos_ids: tuple[int, ...]
     device: "torch.device"
     dtype: "torch.dtype"
+    is_compiled: bool = False  # its decoder layers, in the passes of PPO
 
     def codec(self, system_prompt: str | None) -> Codec:
         return make_codec(self.tokenizer, eos_ids=self.eos_ids, system_prompt=system_prompt)
@@ -140,7 +141,7 @@ def load_base(config: BaseModelConfig) -> Base:
     use_grouped_attention(model)
     cast("torch.nn.Module", model).to(device).eval().requires_grad_(False)
     eos_ids = _eos_ids(model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id)
-    return Base(resolved, model, tokenizer, eos_ids, device, dtype)
+    return Base(resolved, model, tokenizer, eos_ids, device, dtype, config.compile)
 
 
 def load_codec(config: BaseModelConfig, *, system_prompt: str | None) -> Codec:

@@ -78,6 +78,9 @@ class BaseModelConfig(Section):
     revision: str | None = Field(default=None, description="of a hub id: a commit, tag or branch")
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: bool = Field(
+        default=False, description="decoder layers, in PPO's passes: faster after a minute or two; needs a C++ compiler"
+    )
     trust_remote_code: bool = False
 
 
