@@ -76,7 +76,9 @@ class BaseModelConfig(Section):
         default="embedded", description="embedded, tiny:llama, tiny:gpt2, tiny:qwen2, a folder, or a hub id"
     )
     revision: str | None = Field(default=None, description="of a hub id: a commit, tag or branch")
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="float32", description="auto: bfloat16 where the device computes in it natively, else float32"
+    )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = Field(
         default=False, description="decoder layers, in PPO's passes: faster after a minute or two; needs a C++ compiler"

@@ -193,3 +193,15 @@ def test_the_embedded_model_is_converted_once(tmp_path: Path, monkeypatch: pytes
     converted = tmp_path / f"SmolLM2-135M-Instruct-{'f' * 16}"
     shutil.copytree(resolve_base(BaseModelConfig(model="tiny:llama")).folder, converted)
     assert convert_embedded(tmp_path / "never opened.gguf", "f" * 64) == converted
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"),
+    [({}, torch.float32), ({"avx512_f": True}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16)],
+)
+def test_dtype_auto_is_bfloat16_where_the_cpu_is_native_in_it(
+    capabilities: dict[str, bool], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    base = load_base(BaseModelConfig(model="tiny:llama", dtype="auto", device="cpu"))
+    assert base.dtype == base.model.dtype == expected
