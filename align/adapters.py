@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from align.base import Base
-from align.compiled import CompiledLayers
 from align.config import AdaptersConfig
 from align.errors import ArtifactError, ConfigError, InvariantError, ModelError
+from align.layers import DecoderLayers
 from align.logprobs import LMHead
 from align.lora import LoRALinear, use_lora_product
 from align.randomness import stage_seed
@@ -40,11 +40,11 @@ class AdaptedModel:
         self._lora = _lora_config(base.model, adapters)
         self._peft: PeftModel | None = None
         self._role: tuple[str, bool] = (RAW_BASE, False)
+        self._decoder = DecoderLayers(self.trunk, is_compiled=False)
         self._list_parameters()
-        self._compiled = None
         _verify_trunk_and_head(self)  # against the model's own forward, so not compiled
         if base.is_compiled:
-            self._compiled = CompiledLayers(self.trunk)
+            self._decoder = DecoderLayers(self.trunk, is_compiled=True)
 
     @property
     def base_identity(self) -> str:
@@ -151,6 +151,7 @@ class AdaptedModel:
         self._layers: list[LoRALinear] = use_lora_product(self.base.model)
         named = list(self.base.model.named_parameters())
         self._parameters = [(key, parameter, _adapter_of(key, self.names)) for key, parameter in named]
+        self._decoder.adapters_changed(self._layers)
 
     def _freeze(self) -> None:
         self.peft.requires_grad_(False)
@@ -209,17 +210,16 @@ class AdaptedModel:
 
     # ---- what is computed ----
 
-    def hidden(self, ids_BS: Tensor) -> Tensor:
+    def hidden(self, ids_BS: Tensor, *, is_checkpointed: bool = False) -> Tensor:
         """Last hidden states (B, S, H) in the base's dtype of right-padded sequences, under the present role.
 
         No mask: a causal model's tokens never look at the padding behind them. What stands at padding is arbitrary.
+
+        Args:
+            is_checkpointed: keep only each layer's input for the backward pass, and compute the rest again there.
         """
-        if self._compiled is None:
-            return self.trunk(input_ids=ids_BS, use_cache=False).last_hidden_state
         own = [parameter for _, parameter, adapter in self._parameters if adapter == self._role[0]]
-        with self._compiled.used(own):
-            hidden_BSH = self.trunk(input_ids=ids_BS, use_cache=False).last_hidden_state
-        return hidden_BSH if torch.is_grad_enabled() else hidden_BSH.detach()
+        return self._decoder.hidden(ids_BS, own, is_checkpointed=is_checkpointed)
 
     @property
     def lm_head(self) -> LMHead:

@@ -145,7 +145,7 @@ def load_base(config: BaseModelConfig) -> Base:
 
 
 def _native_dtype(device: "torch.device") -> "torch.dtype":
-    """bfloat16 where products in it are faster than in float32: a CPU that only emulates it takes five times as long."""
+    """bfloat16 where products in it are the faster ones: a CPU that only emulates it takes five times as long."""
     import torch
 
     if device.type == "cuda":

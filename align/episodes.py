@@ -74,9 +74,10 @@ def policy_pass(
     temperature: float = 1.0,
     value_head: ScalarHead | None = None,
     with_entropy: bool = False,
+    is_checkpointed: bool = False,
 ) -> PolicyPass:
     """Logprobs of the response tokens under the present role, with values from the same trunk if a head is given."""
-    hidden_BSH = model.hidden(batch.ids_BS)
+    hidden_BSH = model.hidden(batch.ids_BS, is_checkpointed=is_checkpointed)
     is_response_BT = batch.is_response_BT
     positions_BT = batch.response_positions_BT
     rows_N, steps_N = is_response_BT.nonzero(as_tuple=True)
@@ -98,18 +99,20 @@ def policy_pass(
     return PolicyPass(logprobs_BT, scatter(entropy_N), scatter(values_N))
 
 
-def text_pass(model: AdaptedModel, rows: Sequence[TokenizedDemonstration], *, pad_id: int) -> Tensor:
+def text_pass(
+    model: AdaptedModel, rows: Sequence[TokenizedDemonstration], *, pad_id: int, is_checkpointed: bool = False
+) -> Tensor:
     """Logprobs (N,) float32 of the learnt tokens of all rows together, under the present role, at temperature 1."""
     ids_BS, _ = right_pad([row.ids for row in rows], pad_id, model.device)
     is_learnt_BS, _ = right_pad([row.is_response for row in rows], 0, model.device)
     at_N, before_N = is_learnt_BS[:, 1:].nonzero(as_tuple=True)  # nothing predicts a row's first token
-    hidden_NH = model.hidden(ids_BS)[at_N, before_N]
+    hidden_NH = model.hidden(ids_BS, is_checkpointed=is_checkpointed)[at_N, before_N]
     return token_logprobs(model.lm_head, hidden_NH, ids_BS[at_N, before_N + 1])[0]
 
 
-def value_pass(model: AdaptedModel, head: ScalarHead, batch: EpisodeBatch) -> Tensor:
+def value_pass(model: AdaptedModel, head: ScalarHead, batch: EpisodeBatch, *, is_checkpointed: bool = False) -> Tensor:
     """Values (B, T) float32 of the state before each response token, under the present role; padding holds 0."""
-    hidden_BSH = model.hidden(batch.ids_BS)
+    hidden_BSH = model.hidden(batch.ids_BS, is_checkpointed=is_checkpointed)
     rows_B1 = torch.arange(len(hidden_BSH), device=hidden_BSH.device)[:, None]
     return head(hidden_BSH[rows_B1, batch.response_positions_BT - 1])[..., 0] * batch.is_response_BT
 

@@ -138,6 +138,9 @@ class LossConfig(Section):
     epochs: int = Field(default=4, ge=1)
     minibatches: int = Field(default=4, ge=1)
     micro_batch_size: int = Field(default=8, ge=1, description="episodes")
+    gradient_checkpointing: bool = Field(
+        default=False, description="keep layer inputs alone for the backward pass: less memory, a third more work"
+    )
     clip_low: float = Field(default=0.2, gt=0, lt=1)
     clip_high: float = Field(default=0.2, gt=0)
     average: Literal["token", "sequence"] = Field(

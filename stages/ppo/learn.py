@@ -146,6 +146,7 @@ class Learner:
                 temperature=config.rollout.temperature,
                 value_head=critic.head if critic is not None and not critic.has_adapter else None,
                 with_entropy=config.loss.entropy_bonus > 0,
+                is_checkpointed=config.loss.gradient_checkpointing,
             )
             losses = self._policy_losses(out.logprobs_BT, out.entropy_BT, lesson, i, weights_BT) if moves_policy else {}
             if out.values_BT is not None:
@@ -153,7 +154,7 @@ class Learner:
             _backward(self._total(losses))
         if critic is not None and critic.has_adapter:
             with model.role(VALUE, train=True):
-                values_BT = value_pass(model, critic.head, mb.batch)
+                values_BT = value_pass(model, critic.head, mb.batch, is_checkpointed=config.loss.gradient_checkpointing)
                 losses["loss/value"] = self._value_loss(values_BT, lesson, i, weights_BT)
                 _backward(config.critic.coefficient * losses["loss/value"])
         with torch.no_grad():
@@ -205,7 +206,12 @@ class Learner:
         total = 0.0
         for group in length_sorted_batches([len(row.ids) for row in rows], loss_config.micro_batch_size):
             with self._model.role(POLICY, train=True):
-                logprobs_N = text_pass(self._model, [rows[i] for i in group], pad_id=texts.pad_id)
+                logprobs_N = text_pass(
+                    self._model,
+                    [rows[i] for i in group],
+                    pad_id=texts.pad_id,
+                    is_checkpointed=loss_config.gradient_checkpointing,
+                )
                 loss = -loss_config.ptx_coefficient * logprobs_N.sum() / num_tokens
                 _backward(loss)
             total += loss.item()

@@ -121,3 +121,24 @@ def test_group_advantages_find_a_prompts_responses_wherever_they_stand(estimator
     for pairs in rows.values():
         returns, advantages = (torch.tensor(column) for column in zip(*pairs, strict=True))
         torch.testing.assert_close(formula(returns[None])[0], advantages, atol=1e-4, rtol=1e-4)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("kind", ["head", "adapter"])
+def test_checkpointing_layers_changes_no_gradient(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+    plain = AdaptedModel.hidden
+
+    def watched(self: AdaptedModel, ids_BS: torch.Tensor, *, is_checkpointed: bool = False) -> torch.Tensor:
+        if torch.is_grad_enabled():
+            asked.append(is_checkpointed)
+        return plain(self, ids_BS, is_checkpointed=is_checkpointed)
+
+    monkeypatch.setattr(AdaptedModel, "hidden", watched)
+    gradients = [
+        gradients_of_one_minibatch(
+            kind, 4, monkeypatch, texts=TEXTS, loss={"ptx_coefficient": 0.7, "gradient_checkpointing": is_on}
+        )
+        for is_on in (False, True)
+    ]
+    assert torch.equal(*gradients)
+    assert asked == [False] * (len(asked) // 2) + [True] * (len(asked) // 2)

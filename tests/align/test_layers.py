@@ -1,0 +1,144 @@
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from align.adapters import AdaptedModel
+from align.config import AdaptersConfig
+from align.heads import ScalarHead
+from tests.resident import SHAPES, randomize, resident, with_adapters
+
+
+def both(dtype: str) -> tuple[AdaptedModel, AdaptedModel]:
+    """The same weights, plain and compiled."""
+    models: list[AdaptedModel] = []
+    for is_compiled in (False, True):
+        base = dataclasses.replace(resident("llama", dtype=dtype).base, is_compiled=is_compiled)
+        model = AdaptedModel(base, AdaptersConfig(rank=4))
+        model.add("policy")
+        randomize(model, "policy", scale=0.1)
+        models.append(model)
+    return models[0], models[1]
+
+
+def learnt(model: AdaptedModel, ids_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
+    head = ScalarHead(model.hidden_size).initialize(1)
+    with model.role("policy", train=True):
+        hidden_BSH = model.hidden(ids_BS)
+        gradients = torch.autograd.grad(head(hidden_BSH).square().sum(), list(model.tensors("policy").values()))
+    return hidden_BSH.detach(), list(gradients)
+
+
+@pytest.mark.slow  # a C++ compiler is at work
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_layers_say_the_same_with_and_without_gradients_and_what_plain_ones_say(dtype: str) -> None:
+    plain, compiled = both(dtype)
+    for shape in ((3, 9), (2, 14)):
+        ids_BS = torch.randint(0, 250, shape, generator=torch.Generator().manual_seed(0))
+        hidden_BSH, gradients = learnt(compiled, ids_BS)
+        with torch.no_grad(), compiled.role("policy"):
+            looked_BSH = compiled.hidden(ids_BS)
+        assert torch.equal(looked_BSH, hidden_BSH)  # to the bit: or the first ratio would not be 1
+        assert not looked_BSH.requires_grad
+        expected_BSH, expected = learnt(plain, ids_BS)
+        tolerance = 1e-4 if dtype == "float32" else 0.1
+        torch.testing.assert_close(hidden_BSH, expected_BSH, rtol=tolerance, atol=tolerance)
+        for ours, theirs in zip(gradients, expected, strict=True):
+            assert torch.nn.functional.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0) > 0.98
+    # outside of these passes the layers are plain, and nothing stays switched
+    layers = [layer for layer in compiled.base.model.modules() if hasattr(layer, "self_attn")]
+    assert len(layers) == 2
+    assert all(layer._compiled_call_impl is None for layer in layers)  # pyright: ignore[reportPrivateUsage]
+    compiled.verify_trainable()
+
+
+# ---- the layers below all adapters ----
+
+
+def count_calls(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How often each decoder layer's own forward has run."""
+    counts = [0, 0]
+    layers = max((m for m in model.trunk.modules() if isinstance(m, nn.ModuleList)), key=len)
+    for number, layer in enumerate(layers):
+
+        def counted(*args: Any, own: int = number, plain: Any = layer.forward, **kwargs: Any) -> Any:
+            counts[own] += 1
+            return plain(*args, **kwargs)
+
+        monkeypatch.setattr(layer, "forward", counted)
+    return counts
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_layers_below_all_adapters_run_once_a_batch_and_the_numbers_are_the_same(
+    shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_adapters(shape, "sft", "policy", layers=1)
+    counts = count_calls(model, monkeypatch)
+    ids_BS = torch.randint(0, 250, (3, 9), generator=torch.Generator().manual_seed(0))
+
+    def looked(ids_BS: Tensor, role: str) -> Tensor:
+        with torch.no_grad(), model.role(role):
+            return model.hidden(ids_BS)
+
+    kept = [looked(ids_BS, "sft"), looked(ids_BS, "policy"), *learnt(model, ids_BS)[1]]
+    assert counts == [1, 3]
+    # a copy of the ids is another batch: nothing is known of it
+    anew = [looked(ids_BS.clone(), "sft"), looked(ids_BS.clone(), "policy"), *learnt(model, ids_BS.clone())[1]]
+    assert counts == [4, 6]
+    assert all(torch.equal(one, other) for one, other in zip(kept, anew, strict=True))
+    assert not torch.equal(kept[0], kept[1])
+
+
+def test_an_adapter_added_below_ends_what_was_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    model = with_adapters("llama", "sft", layers=1)
+    counts = count_calls(model, monkeypatch)
+    ids_BS = torch.arange(6)[None]
+    with torch.no_grad(), model.role("sft"):
+        model.hidden(ids_BS)
+    with_adapters("llama", "reward").save("reward", tmp_path)
+    model.load("reward", tmp_path)
+    with torch.no_grad(), model.role("reward"):
+        first = model.hidden(ids_BS)
+        assert torch.equal(model.hidden(ids_BS), first)
+    assert counts == [3, 3]
+
+
+def test_what_was_kept_goes_with_its_batch() -> None:
+    model = with_adapters("llama", "sft", layers=1)
+    said = model._decoder._said  # pyright: ignore[reportPrivateUsage]
+    ids_BS = torch.arange(6)[None]
+    with torch.no_grad(), model.role("sft"):
+        model.hidden(ids_BS)
+    assert len(said) == 1
+    del ids_BS
+    assert len(said) == 0
+
+
+# ---- activation checkpointing ----
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_checkpointed_layers_keep_their_inputs_alone_and_give_the_same_gradients(shape: str) -> None:
+    model = with_adapters(shape, "policy")
+    ids_BS = torch.randint(0, 250, (3, 9), generator=torch.Generator().manual_seed(0))
+
+    def run(*, is_checkpointed: bool) -> tuple[int, list[Tensor]]:
+        kept = 0
+
+        def pack(tensor: Tensor) -> Tensor:
+            nonlocal kept
+            kept += 0 if isinstance(tensor, nn.Parameter) else tensor.numel()
+            return tensor
+
+        with model.role("policy", train=True):
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                hidden_BSH = model.hidden(ids_BS, is_checkpointed=is_checkpointed)
+            return kept, list(torch.autograd.grad(hidden_BSH.square().sum(), list(model.tensors("policy").values())))
+
+    (all_kept, plain), (inputs_kept, checkpointed) = run(is_checkpointed=False), run(is_checkpointed=True)
+    assert inputs_kept < all_kept / 4
+    assert all(torch.equal(one, other) for one, other in zip(plain, checkpointed, strict=True))
