@@ -39,6 +39,7 @@ bars: venv ## every benchmark, held against its bars (some three hours; each alo
 	$(BIN)/python -m tests.benchmarks ingestion
 	$(BIN)/python -m tests.benchmarks learning-parity
 	$(BIN)/python -m tests.benchmarks overoptimisation
+	$(BIN)/python -m tests.benchmarks ppo-update
 	$(BIN)/python -m tests.benchmarks quickstart
 
 lint: venv ## ruff, pyright, and the import ladder

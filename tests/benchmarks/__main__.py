@@ -13,6 +13,7 @@ BENCHMARKS = (
     "ingestion",
     "learning-parity",
     "overoptimisation",
+    "ppo-update",
     "quickstart",
     "trl-parity",
 )

@@ -2,9 +2,28 @@
 
 import os
 import platform
+import time
 from pathlib import Path
+
+_SIZE = 2048
+_REPEATS = 5
 
 
 def describe_machine() -> dict[str, object]:
     models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return {"cpu": models[0].split(":")[1].strip(), "cores": os.cpu_count(), "python": platform.python_version()}
+
+
+def best_matrix_rate(dtype: str) -> float:
+    """FLOP a second of a product of two 2048 × 2048 matrices, the best of five, with torch's present threads."""
+    import torch  # here, so that a benchmark that only describes the machine does not load it
+
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(_SIZE, _SIZE, generator=generator).to(getattr(torch, dtype)) for _ in range(2))
+    torch.mm(left, right)  # the first one pays for threads and for choosing a kernel
+    seconds: list[float] = []
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        torch.mm(left, right)
+        seconds.append(time.perf_counter() - started)
+    return 2 * _SIZE**3 / min(seconds)

@@ -42,7 +42,7 @@ def _peak_rss(root: int, has_ended: threading.Event) -> int:
     """The largest sum over the tree that a sample saw, or the largest that one process alone ever was."""
     peak = 0
     while not has_ended.wait(INTERVAL_SECONDS):
-        sizes = [_rss(process) for process in _tree(root)]
+        sizes = [resident_bytes(process) for process in _tree(root)]
         peak = max(peak, sum(now for now, _ in sizes), *(highest for _, highest in sizes))
     return peak
 
@@ -59,8 +59,8 @@ def _tree(root: int) -> Iterator[int]:
             continue
 
 
-def _rss(process: int) -> tuple[int, int]:
-    """Resident now, and at most so far, in bytes."""
+def resident_bytes(process: int) -> tuple[int, int]:
+    """Of one process: now, and at most so far. Both are 0 once it has ended."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError):

@@ -31,11 +31,14 @@ def install_peer() -> Path:
     return folder
 
 
-def start(module: str, job: dict[str, object], folder: Path, *, peer: Path | None = None) -> subprocess.Popen[bytes]:
-    """Run `python -m module folder/job.json` with one thread; what it says goes to folder/log.txt.
+def start(
+    module: str, job: dict[str, object], folder: Path, *, peer: Path | None = None, threads: int = 1
+) -> subprocess.Popen[bytes]:
+    """Run `python -m module folder/job.json`; what it says goes to folder/log.txt.
 
     Args:
         peer: the peer's folder, if this process is to see the peer's TRL instead of the project's.
+        threads: that torch computes with.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "job.json"
@@ -45,7 +48,7 @@ def start(module: str, job: dict[str, object], folder: Path, *, peer: Path | Non
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([*first, *filter(None, inherited)]),
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": str(threads),
         "TRL_EXPERIMENTAL_SILENCE": "1",
         "HF_HUB_OFFLINE": "1",
     }

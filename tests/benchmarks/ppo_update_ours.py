@@ -1,0 +1,113 @@
+"""Our PPO for ppo-update, in a process of its own: python -m tests.benchmarks.ppo_update_ours JOB.
+
+The stage function itself on prepared artifacts, without Ray; its phases are those that it writes to timings.jsonl. What
+it imports only once it runs (transformers' llama) does not count as imports.
+"""
+
+import json
+import os
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from align.adapters import AdaptedModel
+from align.artifacts import read_artifact
+from align.base import load_base
+from align.config import AdaptersConfig, BaseModelConfig, PPOConfig
+from align.context import PPOInputs, RewardModelArtifacts, StageContext
+from align.randomness import stage_seed
+from align.tracking import Tracker
+from data.records import Message, Prompt
+from stages.ppo.train import run_ppo
+from tests.benchmarks.ppo_update_task import (
+    BASE,
+    HEAD,
+    PROMPTS,
+    REWARD,
+    SFT,
+    Job,
+    Task,
+    Update,
+    read_job,
+    write_report,
+)
+from tests.benchmarks.process_tree import resident_bytes
+
+
+def _config(task: Task, critic: str) -> PPOConfig:
+    return PPOConfig.model_validate(
+        {
+            "updates": task.updates,
+            "checkpoint_every": task.updates,  # none in between
+            "rollout": {
+                "episodes": task.episodes,
+                "temperature": task.temperature,
+                "max_prompt_length": task.prompt_length,
+                "max_response_length": task.response_length,
+                "batch_size": task.episodes,
+            },
+            "rewards": {"missing_eos_penalty": 0.0},
+            "advantage": {"lam": task.lam},
+            "critic": {"kind": critic},
+            "loss": {"epochs": task.epochs, "minibatches": task.minibatches, "micro_batch_size": task.micro_batch},
+            "optimizer": {"learning_rate": task.learning_rate},
+        }
+    )
+
+
+def _context(job: Job, folder: Path) -> StageContext:
+    base = load_base(
+        BaseModelConfig.model_validate(
+            {"model": str(Path(job.prepared) / BASE), "dtype": job.dtype, "device": "cpu"},
+        )
+    )
+    model = AdaptedModel(base, AdaptersConfig(rank=job.task.rank, alpha=job.task.alpha))
+    return StageContext(model, Tracker(folder, stage="ppo"), folder, stage_seed(0, "ppo"), None, 0.0)
+
+
+def _inputs(prepared: Path) -> PPOInputs:
+    sft, reward, head = (read_artifact(prepared / name) for name in (SFT, REWARD, HEAD))
+    texts = json.loads((prepared / PROMPTS).read_text(encoding="utf-8"))
+    prompts = tuple(Prompt((Message("user", text),), f"prompt:{i}") for i, text in enumerate(texts))
+    return PPOInputs(sft, (RewardModelArtifacts(reward, head),), prompts)
+
+
+def _lines(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def updates_of(folder: Path) -> list[Update]:
+    """Of a stage's folder, without the first. The whole is the time between two lines, whatever they call a phase."""
+    return [
+        Update(
+            generate=line["seconds/generate"],
+            score=line["seconds/score"],
+            learn=line["seconds/learn"],
+            whole=line["time"] - before["time"],
+        )
+        for before, line in pairwise(_lines(folder / "timings.jsonl"))
+    ]
+
+
+def main(path: Path) -> None:
+    imports_bytes, _ = resident_bytes(os.getpid())
+    job, folder = read_job(path)
+    task, stage = job.task, folder / "ppo"
+    run_ppo(_config(task, job.system), _inputs(Path(job.prepared)), _context(job, stage))
+    lengths = {line["rollout/response_length"] for line in _lines(stage / "metrics.jsonl")}
+    if lengths != {task.response_length}:
+        raise RuntimeError(f"responses were to be of {task.response_length} tokens, their mean lengths are {lengths}")
+    write_report(
+        folder,
+        job,
+        updates_of(stage),
+        optimizer_steps=task.epochs * task.minibatches,
+        imports_bytes=imports_bytes,
+        threads=torch.get_num_threads(),
+    )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
