@@ -26,7 +26,7 @@ from data.records import (
     RecordKind,
     Reject,
     Verdict,
-    messages_of,
+    parts_of,
 )
 from data.sources import has_split, is_dataset, iterate_rows
 from data.splits import normalized_prompt
@@ -160,7 +160,7 @@ def _record(kind: RecordKind, row: Mapping[str, Any]) -> Record:
 
 def _prompt_turns(record: Record) -> tuple[Message, ...]:
     """What comes before the answer, of a demonstration the last one."""
-    return record.messages[:-1] if isinstance(record, Demonstration) else messages_of(record)
+    return record.messages[:-1] if isinstance(record, Demonstration) else parts_of(record)[0]
 
 
 class _Tally:

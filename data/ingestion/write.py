@@ -3,10 +3,10 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from heapq import merge
 from pathlib import Path
-from types import TracebackType
 from typing import cast
 
 import numpy as np
@@ -77,7 +77,7 @@ def write_rows(
     """Piece by piece, in order: the kept rows into their split's shards, the others with their reason."""
     tally, start = Tally(), 0
     rejects = pa.CompressedOutputStream(pa.OSFile(str(folder / REJECTS), "wb"), "zstd")
-    with rejects, _Shards(folder, SCHEMAS[kind]) as shards:
+    with rejects, closing(_Shards(folder, SCHEMAS[kind])) as shards:
         for number, (one, before) in enumerate(with_lines_before(sifted), start=1):
             source = one.piece.source.name
             tally.rows_in[source] += one.rows_in
@@ -214,11 +214,6 @@ class _Shards:
         self._writers[split].write_table(table)
         self._bytes[split] += table.nbytes
 
-    def __enter__(self) -> "_Shards":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         for writer in self._writers.values():
             writer.close()
