@@ -84,14 +84,11 @@ def _lengths(found: Inspection) -> Table:
 
 def _facts(found: Inspection) -> Table:
     turns = ", ".join(f"{turns}: {rows:,}" for turns, rows in found.turns.items())
-    distinct = "too many to count" if found.prompts.distinct is None else f"{found.prompts.distinct:,}"
-    if found.prompts.undercount:
-        distinct += f"; the counts of frequent ones are too low by {found.prompts.undercount:,} at most"
     facts: list[tuple[str, str]] = [
         ("rows by prompt turns", turns),
         ("with a system message", f"{found.with_system:,}"),
+        ("distinct prompts", f"{found.prompts.distinct:,}"),
     ]
-    facts.append(("distinct prompts", distinct))
     for unit, share in found.length_bias.items():
         facts.append((f"the longer one preferred ({unit})", _share(share)))
     for label, share in (
