@@ -152,9 +152,7 @@ def _read_again(piece: Piece, among: Sequence[tuple[int, str]]) -> Iterator[dict
 def write_words(folder: Path, tally: Tally, description: dict[str, object]) -> dict[str, object]:
     """account.json, dataset.json and datacard.md; returns the account as it stands in the file."""
     sources = {name: tally.account(name) for name in tally.rejected}
-    whole = Account(0, 0, ())
-    for own in sources.values():
-        whole = whole + own
+    whole = sum(sources.values(), Account(0, 0, ()))
     account = {**_plain(whole), "sources": {name: _plain(own) for name, own in sources.items()}}
     write_json(folder / "account.json", account)
     description = {**description, "splits": {split: tally.splits[split] for split in SPLITS}}
