@@ -81,8 +81,7 @@ def mapped(columns: Mapping[str, str]) -> Shape:
             raise DataError(f"--map {target}={source}: wanted one column (a prompt may have several: a+b)")
     named = {target: "+".join(flat.split_columns(source)) for target, source in columns.items()}
     looks_like = ", ".join(f"{target}={source}" for target, source in named.items())
-    has_columns = partial(flat.has_columns, named)
-    return Shape("mapped", kinds[0], looks_like, partial(flat.from_columns, named), {}, is_own=has_columns)
+    return Shape("mapped", kinds[0], looks_like, partial(flat.from_columns, named), {})
 
 
 def _known_targets() -> str:

@@ -40,9 +40,7 @@ class Tally:
     kept: Counter[str] = field(default_factory=Counter[str])
     splits: Counter[str] = field(default_factory=Counter[str])
     characters: Counter[str] = field(default_factory=Counter[str])  # in all kept rows, by column
-    longer: Counter[str] = field(
-        default_factory=Counter[str]
-    )  # pairs whose longer response is the chosen, the rejected
+    longer: Counter[str] = field(default_factory=Counter[str])  # pairs, by which of the responses is longer
     labels: Counter[str] = field(default_factory=Counter[str])
     first: str = ""  # the first rejected row: where, why
 
