@@ -1,7 +1,6 @@
 """What `align inspect` shows of a data set: on the terminal, as JSON, as a page of HTML."""
 
 import io
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from align.artifacts import write_text
 from align.errors import UsageError
 from align.show import printable
 from data.ingestion.inspection import Example, Inspection, Share
@@ -36,12 +36,9 @@ def write_page(path: Path, view: RenderableType) -> None:
     """One self-contained HTML file, whole or not at all. UsageError if it cannot be written."""
     console: Any = Console(record=True, width=140, file=io.StringIO())
     console.print(view)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(console.export_html(), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, console.export_html())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UsageError(f"--html: cannot write {path}: {error}; choose another file") from None
 
 
