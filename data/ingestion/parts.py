@@ -24,7 +24,6 @@ class Part:
 
 def text_runs(record: Record, *, with_roles: bool = False) -> dict[str, TextRuns]:
     """The contents by part; `with_roles` puts the role before each turn, as a person would read it."""
-
     messages, texts = parts_of(record)
     form = "{0.role}: {0.content}\n\n" if with_roles else "{0.content}"
     is_learnt = isinstance(record, Demonstration)
