@@ -43,16 +43,22 @@ def _hash_files(folder: Path) -> dict[str, str]:
     return {name: sha256_of_file(folder / name) for name in names}
 
 
-def write_json(path: Path, value: object, *, durable: bool = True) -> None:
-    """Write a JSON file whole or not at all; `durable` also waits until it is on the disk."""
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write a file whole or not at all; `durable` also waits until it is on the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, sort_keys=True, default=str)
-        file.write("\n")
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object, *, durable: bool = True) -> None:
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, default=str) + "\n", durable=durable)
 
 
 def read_json(path: Path) -> object:
@@ -134,3 +140,19 @@ def read_artifact(path: Path, *, base_identity: str | None = None) -> Artifact:
             "use the same base.model, or another run.name"
         )
     return artifact
+
+
+def newest_whole(checkpoints: Path) -> tuple[Artifact | None, list[str]]:
+    """Of the checkpoints in a folder the newest that is whole, and what is wrong with those that are newer."""
+    damage: list[str] = []
+    for path in reversed(checkpoint_folders(checkpoints)):
+        try:
+            return read_artifact(path), damage
+        except ArtifactError as error:
+            damage.append(str(error))
+    return None, damage
+
+
+def checkpoint_folders(checkpoints: Path) -> list[Path]:
+    """The oldest first, whole or not."""
+    return sorted(path for path in checkpoints.glob("update-*") if path.is_dir())

@@ -9,8 +9,9 @@ from align.base import missing_files
 from align.config import BaseModelConfig, Config, SourceConfig
 from align.errors import AlignError
 from align.handover import brought, brought_head
-from align.intake import StageKind, held_out_of, kind_of
+from align.intake import held_out_of, kind_of
 from align.sources import source_identity
+from data.records import RecordKind
 from data.rejects import describe
 from data.sources import is_dataset, peek, resolve_path
 
@@ -86,7 +87,7 @@ def _check_data(config: Config) -> Iterator[Finding]:
         yield _check_source("data.ptx", config.data.ptx, "demonstration")
 
 
-def _check_source(what: str, source: SourceConfig, kind: StageKind) -> Finding:
+def _check_source(what: str, source: SourceConfig, kind: RecordKind) -> Finding:
     if source.path is None:
         return Finding(what, "not checked", f"hub data set {source.hub}")
     path = source.path

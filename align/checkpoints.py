@@ -14,8 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from align.artifacts import Artifact, read_artifact, read_json, write_directory, write_json
-from align.errors import ArtifactError
+from align.artifacts import Artifact, newest_whole, read_artifact, read_json, write_directory, write_json
 
 
 @dataclass(frozen=True)
@@ -89,20 +88,17 @@ def load_newest(folder: Path, *, base_identity: str) -> tuple[Checkpoint | None,
     Raises:
         ArtifactError: it was made on another base.
     """
-    notes: list[str] = []
-    for path in sorted(folder.glob("update-*"), reverse=True):
-        try:
-            artifact = read_artifact(path)
-        except ArtifactError as error:
-            notes.append(f"passed over: {error}")
-            continue
-        read_artifact(path, base_identity=base_identity)
-        groups = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
-        state = read_json(path / "state.json")
-        assert isinstance(state, dict)
-        then, now = state["environment"], environment()
-        if then != now:
-            differing = [f"{key}: {then.get(key)} → {value}" for key, value in now.items() if then.get(key) != value]
-            notes.append(f"resumed under another environment, so not bit-exact: {'; '.join(differing)}")
-        return Checkpoint(artifact.step, groups, state), notes
-    return None, notes
+    artifact, damage = newest_whole(folder)
+    notes = [f"passed over: {what}" for what in damage]
+    if artifact is None:
+        return None, notes
+    path = artifact.path
+    read_artifact(path, base_identity=base_identity)
+    groups = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
+    state = read_json(path / "state.json")
+    assert isinstance(state, dict)
+    then, now = state["environment"], environment()
+    if then != now:
+        differing = [f"{key}: {then.get(key)} → {value}" for key, value in now.items() if then.get(key) != value]
+        notes.append(f"resumed under another environment, so not bit-exact: {'; '.join(differing)}")
+    return Checkpoint(artifact.step, groups, state), notes

@@ -7,7 +7,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeVar
 
 from align.config import BaseModelConfig, ClusterConfig, Config
@@ -24,15 +23,9 @@ _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entrypoint of a su
 
 
 @dataclass(frozen=True)
-class Node:
-    """Resources of one machine of the cluster."""
+class Resources:
+    """Of one machine of the cluster, or what is asked for on one."""
 
-    cpus: int
-    gpus: int
-
-
-@dataclass(frozen=True)
-class Asked:
     cpus: int
     gpus: int
 
@@ -41,7 +34,7 @@ def is_in_ray_job() -> bool:
     return _IN_JOB in os.environ
 
 
-def resources_to_ask(cluster: ClusterConfig, base: BaseModelConfig, nodes: Sequence[Node]) -> Asked:
+def resources_to_ask(cluster: ClusterConfig, base: BaseModelConfig, nodes: Sequence[Resources]) -> Resources:
     """All CPUs of the largest fitting node, and one GPU where there is one, unless the config says otherwise."""
     gpus = cluster.gpus
     if gpus is None:
@@ -49,29 +42,29 @@ def resources_to_ask(cluster: ClusterConfig, base: BaseModelConfig, nodes: Seque
         gpus = 1 if base.device == "cuda" or (base.device == "auto" and has_gpu) else 0
     fitting = [node.cpus for node in nodes if node.gpus >= gpus]
     cpus = cluster.cpus or max(fitting or [node.cpus for node in nodes], default=1)
-    return Asked(max(cpus, 1), gpus)
+    return Resources(max(cpus, 1), gpus)
 
 
-def explain_shortage(asked: Asked, nodes: Sequence[Node], free: Mapping[str, float], *, seconds: float) -> str:
+def explain_shortage(asked: Resources, nodes: Sequence[Resources], free: Mapping[str, float], *, seconds: float) -> str:
     """Asked for, there is, what to change."""
-    free_cpus, free_gpus = int(free.get("CPU", 0)), int(free.get("GPU", 0))
+    left = _as_resources(free)
     there = ", ".join(f"a node with {node.cpus} CPUs and {node.gpus} GPUs" for node in nodes) or "no node"
     message = (
         f"Ray could not place the worker within {seconds:g} s. Asked for: {asked.cpus} CPUs and {asked.gpus} GPUs on "
-        f"one node. There is: {there}; free now: {free_cpus} CPUs and {free_gpus} GPUs. "
+        f"one node. There is: {there}; free now: {left.cpus} CPUs and {left.gpus} GPUs. "
     )
     if asked.gpus > max((node.gpus for node in nodes), default=0):
         return message + "Change: cluster.gpus=0 base.device=cpu, or a cluster with a GPU."
-    if asked.cpus > max((node.cpus for node in nodes if node.gpus >= asked.gpus), default=0):
-        most = max((node.cpus for node in nodes if node.gpus >= asked.gpus), default=1)
+    most = max((node.cpus for node in nodes if node.gpus >= asked.gpus), default=0)
+    if asked.cpus > most:
         return message + f"Change: cluster.cpus={max(most, 1)} or less, or a larger node."
-    if free_cpus >= 1 and free_gpus >= asked.gpus:
-        return message + f"Others hold the rest. Change: cluster.cpus={free_cpus}, or wait for them."
+    if left.cpus >= 1 and left.gpus >= asked.gpus:
+        return message + f"Others hold the rest. Change: cluster.cpus={left.cpus}, or wait for them."
     return message + "Others hold it: wait for them, or raise cluster.placement_timeout_seconds."
 
 
 class Cluster:
-    """Owns the connection to Ray and the worker; both begin with `start` and end with the context.
+    """Owns the connection to Ray and the worker; both begin with `start` and end with `close`.
 
     Args:
         poll: called a few times a second while the worker is busy.
@@ -88,12 +81,7 @@ class Cluster:
         self._group: Any = None
         self._worker: Any = None
 
-    def __enter__(self) -> "Cluster":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         if self._worker is None and self._group is None and not self._is_ours:
             return
         import ray
@@ -133,7 +121,7 @@ class Cluster:
         from ray.util import placement_group
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-        nodes = [_as_node(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+        nodes = [_as_resources(node["Resources"]) for node in ray.nodes() if node["Alive"]]
         cluster = self._config.cluster
         asked = resources_to_ask(cluster, self._config.base, nodes)
         bundle = {"CPU": float(asked.cpus), **({"GPU": float(asked.gpus)} if asked.gpus else {})}
@@ -266,8 +254,8 @@ def _no_connection(address: str, error: Exception, *, is_own: bool) -> str:
     return f"cluster.address: {address!r}: no connection to Ray: {reason} {remedy}"
 
 
-def _as_node(resources: Mapping[str, float]) -> Node:
-    return Node(cpus=int(resources.get("CPU", 0)), gpus=int(resources.get("GPU", 0)))
+def _as_resources(own: Mapping[str, float]) -> Resources:
+    return Resources(cpus=int(own.get("CPU", 0)), gpus=int(own.get("GPU", 0)))
 
 
 def _condense(error: Exception) -> str:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -74,7 +74,8 @@ def run_pipeline(
         data = {name: read_stage_data(config, name, run, display.note) for name in config.run.stages if name in steps}
         journal = Journal(config, run, base_identity)
         watch = Watch(run, display)
-        with Cluster(config, run=run, import_root=import_root(), poll=watch.poll, command=command) as cluster:
+        cluster = Cluster(config, run=run, import_root=import_root(), poll=watch.poll, command=command)
+        with closing(cluster):
             for step in steps:
                 stage_data = data["ppo" if step == "evaluation" else step]
                 artifacts = gather(step, config, run, base_identity=base_identity, command=command)

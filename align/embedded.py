@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from align.artifacts import sha256_of_file
@@ -42,18 +43,30 @@ def find_embedded() -> tuple[Path, str]:
     return path, sha256
 
 
+def built_once(folder: Path, build: Callable[[Path], None]) -> Path:
+    """A folder of the cache, filled by `build` on the first call: whole or not there."""
+    if (folder / "config.json").is_file():
+        return folder
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir(parents=True, exist_ok=True)
+    try:
+        build(temporary)
+        if not folder.exists():  # another process may have been faster
+            temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
 def convert_embedded(gguf: Path, identity: str) -> Path:
     """The folder with the dequantized weights in float32, made on the first call (some 20 s)."""
     folder = cache_folder() / f"SmolLM2-135M-Instruct-{identity[:16]}"
-    if (folder / "config.json").is_file():
-        return folder
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    logging.getLogger(__name__).info("converting the embedded SmolLM2-135M-Instruct once (some 20 s)")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True)
-    try:
+    def convert(temporary: Path) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        logging.getLogger(__name__).info("converting the embedded SmolLM2-135M-Instruct once (some 20 s)")
         # Without dequantize=True the model cannot be saved.
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent,
@@ -63,10 +76,8 @@ def convert_embedded(gguf: Path, identity: str) -> Path:
         )
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(temporary)
-        if not folder.exists():  # another process may have been faster
-            temporary.rename(folder)
+
+    try:
+        return built_once(folder, convert)
     except OSError as error:
         raise ModelError(f"cannot write the converted model to {folder}: {error}; set ALIGN_CACHE elsewhere") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder

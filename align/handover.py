@@ -19,7 +19,6 @@ from align.context import (
 )
 from align.errors import ArtifactError, UsageError
 from align.intake import StageData
-from data.records import Comparison, Demonstration, PlainText, Prompt
 
 REJECTS = "rejects.jsonl"
 # Which step makes an input, and as what kind of artifact.
@@ -93,9 +92,9 @@ def current_results(run: Path, steps: Sequence[str]) -> dict[str, FinishedStep]:
     for step in steps:
         finished = read_finished(run / step)
         if finished is not None and all(
-            content_hash is None or content_hash in [a.content_hash for a in _made_as(key, found)]
+            content_hash is None or content_hash in [artifact.content_hash for artifact in found[stage].artifacts]
             for key, content_hash in finished.fingerprint.items()
-            if _maker(key) in found
+            if (stage := _maker(key)) in found
         ):
             found[step] = finished
     return found
@@ -105,15 +104,6 @@ def _maker(key: str) -> str | None:
     """Which step makes the input that a fingerprint's key names; None for other keys, and for what users bring."""
     stage, _ = _MADE_BY.get(key.removeprefix("input.").partition("-")[0], (None, None))
     return stage if key.startswith("input.") else None
-
-
-def _made_as(key: str, found: Mapping[str, FinishedStep]) -> list[Artifact]:
-    """The artifact that now stands under this input's name, if there is one."""
-    name, _, number = key.removeprefix("input.").partition("-")
-    stage, kind = _MADE_BY[name]
-    own = [artifact for artifact in found[stage].artifacts if artifact.kind == kind]
-    place = int(number or 1) - 1
-    return own[place : place + 1]
 
 
 def begin(folder: Path, fingerprint: Mapping[str, object], *, keep: bool) -> None:
@@ -192,19 +182,12 @@ def brought_head(adapter: Path, *, base_identity: str | None) -> Artifact:
 
 def build_inputs(step: str, config: Config, data: StageData, artifacts: Mapping[str, Artifact | None]) -> StageInputs:
     """The record that the step's function takes."""
+    train, held_out = cast(Any, data.train), cast(Any, data.held_out)  # of the kind that intake.kind_of says
     if step == "sft":
-        train = cast(tuple[Demonstration | PlainText, ...], data.train)
-        held_out = cast(tuple[Demonstration | PlainText, ...], data.held_out)
-        return SFTInputs(train=train, held_out=held_out, adapter=artifacts["adapter"])
+        return SFTInputs(train, held_out, artifacts["adapter"])
     sampling = Sampling.of(config.ppo.rollout)
     if step == "reward":
-        return RewardInputs(
-            sft=artifacts["sft"],
-            train=cast(tuple[Comparison, ...], data.train),
-            held_out=cast(tuple[Comparison, ...], data.held_out),
-            sampling=sampling,
-            adapter=artifacts["adapter"],
-        )
+        return RewardInputs(artifacts["sft"], train, held_out, sampling, artifacts["adapter"])
     adapters, heads = (
         [a for name, a in artifacts.items() if a is not None and name.partition("-")[0] == kind]
         for kind in ("reward_adapter", "reward_head")
@@ -213,8 +196,7 @@ def build_inputs(step: str, config: Config, data: StageData, artifacts: Mapping[
     if config.ppo.rewards.uses_reward_model and not reward_models:
         raise ArtifactError("no reward_adapter: put reward into run.stages, or give reward.adapter")
     if step == "ppo":
-        prompts, held_out = cast(tuple[Prompt, ...], data.train), cast(tuple[Prompt, ...], data.held_out)
-        return PPOInputs(artifacts["sft"], reward_models, prompts, held_out, data.ptx)
+        return PPOInputs(artifacts["sft"], reward_models, train, held_out, data.ptx)
     policy = artifacts["policy"]
     assert policy is not None
     return EvaluationInputs(
@@ -222,6 +204,6 @@ def build_inputs(step: str, config: Config, data: StageData, artifacts: Mapping[
         policy=policy,
         reward_models=reward_models,
         rewards=config.ppo.rewards,
-        prompts=cast(tuple[Prompt, ...], data.held_out),
+        prompts=held_out,
         sampling=sampling,
     )

@@ -1,7 +1,6 @@
 """What `align inspect` shows of a data set: on the terminal, as JSON, as a page of HTML."""
 
 import io
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from align.artifacts import write_text
 from align.errors import UsageError
 from align.show import printable
 from data.ingestion.inspection import Example, Inspection, Share
@@ -36,12 +36,9 @@ def write_page(path: Path, view: RenderableType) -> None:
     """One self-contained HTML file, whole or not at all. UsageError if it cannot be written."""
     console: Any = Console(record=True, width=140, file=io.StringIO())
     console.print(view)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(console.export_html(), encoding="utf-8")
-        temporary.replace(path)
+        write_text(path, console.export_html())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UsageError(f"--html: cannot write {path}: {error}; choose another file") from None
 
 
@@ -84,14 +81,11 @@ def _lengths(found: Inspection) -> Table:
 
 def _facts(found: Inspection) -> Table:
     turns = ", ".join(f"{turns}: {rows:,}" for turns, rows in found.turns.items())
-    distinct = "too many to count" if found.prompts.distinct is None else f"{found.prompts.distinct:,}"
-    if found.prompts.undercount:
-        distinct += f"; the counts of frequent ones are too low by {found.prompts.undercount:,} at most"
     facts: list[tuple[str, str]] = [
         ("rows by prompt turns", turns),
         ("with a system message", f"{found.with_system:,}"),
+        ("distinct prompts", f"{found.prompts.distinct:,}"),
     ]
-    facts.append(("distinct prompts", distinct))
     for unit, share in found.length_bias.items():
         facts.append((f"the longer one preferred ({unit})", _share(share)))
     for label, share in (

@@ -3,31 +3,27 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 from align.config import Config, DatasetConfig, SourceConfig, StageName
-from align.errors import ConfigError
-from data.records import Account, Comparison, Demonstration, PlainText, Prompt, Verdict
+from data.records import Account, Demonstration, PlainText, Record, RecordKind
 from data.rejects import check_rate, describe, write_rejects
 from data.sources import Reading, has_split, read_records
 from data.splits import shared_prompts, split_by_prompt
-
-StageRecord = Demonstration | PlainText | Comparison | Verdict | Prompt
-StageKind = Literal["demonstration", "comparison", "verdict", "prompt"]
 
 
 @dataclass(frozen=True)
 class StageData:
     """`parts` goes into fingerprints: the content hashes by dotted key, or what else decides the split."""
 
-    train: tuple[StageRecord, ...]
-    held_out: tuple[StageRecord, ...]
+    train: tuple[Record, ...]
+    held_out: tuple[Record, ...]
     accounts: Mapping[str, Account]
     parts: Mapping[str, object]
     ptx: tuple[Demonstration | PlainText, ...] = ()  # of ppo
 
 
-def kind_of(config: Config, stage: StageName) -> StageKind:
+def kind_of(config: Config, stage: StageName) -> RecordKind:
     """Which records a stage's data is read as."""
     if stage == "reward":
         return "verdict" if config.reward.objective.kind == "unpaired" else "comparison"
@@ -48,17 +44,12 @@ def read_stage_data(config: Config, stage: StageName, run: Path, note: Callable[
     Raises:
         DataError: a source cannot be read, or too many of its rows do not fit.
     """
-    section: DatasetConfig | None = getattr(config.data, stage)
+    section: DatasetConfig = getattr(config.data, stage)  # Config has seen to it that there is one
     key = f"data.{stage}"
-    if section is None:
-        raise ConfigError(f"{key}: is missing; {stage} needs it")
-    sources: dict[str, SourceConfig] = {f"{key}.train": section.train}
-    held_out_source = held_out_of(section)
+    kind, held_out_source = kind_of(config, stage), held_out_of(section)
+    readings: dict[str, Reading[Record]] = {f"{key}.train": read_records(section.train, kind)}
     if held_out_source is not None:
-        sources[f"{key}.held_out"] = held_out_source
-    readings: dict[str, Reading[StageRecord]] = {
-        name: read_records(source, kind_of(config, stage)) for name, source in sources.items()
-    }
+        readings[f"{key}.held_out"] = read_records(held_out_source, kind)
     if stage == "ppo" and config.data.ptx is not None:
         readings["data.ptx"] = read_records(config.data.ptx, "demonstration")
     rejects_path = run / stage / "rejects.jsonl"
@@ -90,9 +81,7 @@ def parts_of_step(step: str, data: StageData, *, has_guard: bool) -> dict[str, o
     at the other."""
     unused: set[str] = set()
     if step == "evaluation":
-        unused.add("data.ptx")
-    if "data.ppo.held_out" in data.parts:  # else both sides are of one file
-        unused |= {"evaluation": {"data.ppo.train"}, "ppo": set() if has_guard else {"data.ppo.held_out"}}.get(
-            step, set()
-        )
+        unused = {"data.ptx"} | ({"data.ppo.train"} if "data.ppo.held_out" in data.parts else set())  # or of one file
+    elif step == "ppo" and not has_guard:
+        unused = {"data.ppo.held_out"}
     return {key: value for key, value in data.parts.items() if key not in unused}

@@ -8,8 +8,9 @@ import warnings
 from pathlib import Path
 from typing import TextIO
 
+from align.installation import PACKAGES
+
 _FILE = "messages.log"
-_PACKAGES = ("align", "stages", "data")
 
 
 class MessageReader:
@@ -36,11 +37,11 @@ def write_messages(run: Path, import_root: Path) -> None:
     run.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(run / _FILE, encoding="utf-8")
     handler.setFormatter(_OneLine())
-    for package in _PACKAGES:
+    for package in PACKAGES:
         logger = logging.getLogger(package)
         logger.setLevel(logging.INFO)
         logger.addHandler(handler)
-    folders = tuple(f"{import_root / package}/" for package in _PACKAGES)
+    folders = tuple(f"{import_root / package}/" for package in PACKAGES)
     show_elsewhere = warnings.showwarning
 
     def show(

@@ -12,7 +12,7 @@ from typing import Literal, cast
 
 from pydantic import BaseModel
 
-from align.artifacts import Artifact, read_artifact, read_json
+from align.artifacts import Artifact, checkpoint_folders, newest_whole, read_json
 from align.config import Config, StageName
 from align.errors import ArtifactError, UsageError
 from align.handover import FinishedStep, read_finished
@@ -51,14 +51,9 @@ def fingerprint(
         data: content hashes and split of the step's data, by dotted key.
         inputs: content hash of each artifact that the step is given; None where it gets none.
     """
-    section: Mapping[StepName, BaseModel] = {
-        "sft": config.sft,
-        "reward": config.reward,
-        "ppo": config.ppo,
-        "evaluation": config.evaluation,
-    }
+    section: BaseModel = getattr(config, step)
     parts: dict[str, object] = {
-        **_flat(section[step], step),
+        **_flat(section, step),
         **_flat(config.adapters, "adapters"),
         **data,
         **{f"input.{name}": value for name, value in inputs.items()},
@@ -157,30 +152,21 @@ def refuse_unfinished(folder: Path, *, resume: bool, fresh: bool, command: str) 
 
     The driver asks this before the first step runs, so that nobody waits for SFT to hear it.
     """
-    if resume or fresh or (folder / "result.json").exists() or not _checkpoint_folders(folder):
+    unfinished = checkpoint_folders(folder / "checkpoints")
+    if resume or fresh or (folder / "result.json").exists() or not unfinished:
         return
     raise UsageError(
-        f"{folder} holds an unfinished PPO ({_checkpoint_folders(folder)[-1].name}). Continue it: {command} --resume; "
+        f"{folder} holds an unfinished PPO ({unfinished[-1].name}). Continue it: {command} --resume; "
         f"or discard its checkpoints and start it anew: {command} --stage ppo --fresh"
     )
 
 
 def newest_checkpoint(folder: Path) -> Artifact | None:
     """The newest whole checkpoint of a step: the one that the stage will continue from. ArtifactError if none is."""
-    folders = _checkpoint_folders(folder)
-    damage: list[str] = []
-    for path in reversed(folders):
-        try:
-            return read_artifact(path)
-        except ArtifactError as error:
-            damage.append(str(error))
-    if damage:
+    found, damage = newest_whole(folder / "checkpoints")
+    if damage and found is None:
         raise ArtifactError(f"no checkpoint can be continued from ({damage[0]}); start the stage anew with --fresh")
-    return None
-
-
-def _checkpoint_folders(folder: Path) -> list[Path]:
-    return sorted(path for path in (folder / "checkpoints").glob("update-*") if path.is_dir())
+    return found
 
 
 def _started(folder: Path) -> Fingerprint | None:

@@ -2,7 +2,7 @@
 
 import fcntl
 import json
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,35 +12,10 @@ import yaml
 
 from align.artifacts import read_json, write_json
 from align.errors import ArtifactError, UsageError
+from align.tracking import Status
 
 SILENT_AFTER_SECONDS = 60.0
 _LOCK = ".lock"
-
-
-@dataclass(frozen=True)
-class Status:
-    """What Tracker.progress wrote last. Times are seconds since the epoch."""
-
-    stage: str
-    doing: str
-    done: int
-    total: int
-    started: float
-    updated: float
-    metrics: Mapping[str, float]
-    first_done: int = 0  # where the present activity began: not 0 in a resumed run
-
-    @property
-    def rate(self) -> float | None:
-        """Units a second, of the present activity."""
-        elapsed, new = self.updated - self.started, self.done - self.first_done
-        return new / elapsed if new > 0 and elapsed > 0 else None
-
-    def seconds_left(self, now: float) -> float | None:
-        """Of the present activity; None before its first unit is done."""
-        if self.rate is None:
-            return None
-        return max(0.0, (self.total - self.done) / self.rate - (now - self.updated))
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,11 @@ Three shapes, since adapters, positions and templates differ: llama (ChatML temp
 positions, no chat template, one special token), qwen2 (biases, ChatML, two EOS tokens).
 """
 
-import os
-import shutil
+from functools import partial
 from pathlib import Path
 from typing import cast
 
-from align.embedded import cache_folder
+from align.embedded import built_once, cache_folder
 from align.errors import ModelError
 
 SHAPES = ("llama", "gpt2", "qwen2")
@@ -24,18 +23,7 @@ def find_tiny(shape: str) -> Path:
     """The cached folder of a tiny model; built on the first call, the same bytes on every machine of one torch."""
     if shape not in SHAPES:
         raise ModelError(f"base.model: tiny:{shape} is not known; there are {', '.join('tiny:' + s for s in SHAPES)}")
-    folder = cache_folder() / f"tiny-{shape}-{_VERSION}"
-    if (folder / "config.json").is_file():
-        return folder
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
-    try:
-        build_tiny(shape, temporary)
-        if not folder.exists():  # another process may have been faster
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return folder
+    return built_once(cache_folder() / f"tiny-{shape}-{_VERSION}", partial(build_tiny, shape))
 
 
 def build_tiny(shape: str, folder: Path, *, seed: int = 0) -> None:

@@ -5,10 +5,37 @@ import json
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from align.artifacts import write_json
 from align.errors import InvariantError
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a stage is, as Tracker.progress writes it. Times are seconds since the epoch."""
+
+    stage: str
+    doing: str
+    done: int
+    total: int
+    started: float
+    updated: float
+    metrics: Mapping[str, float]
+    first_done: int = 0  # where the present activity began: not 0 in a resumed run
+
+    @property
+    def rate(self) -> float | None:
+        """Units a second, of the present activity."""
+        elapsed, new = self.updated - self.started, self.done - self.first_done
+        return new / elapsed if new > 0 and elapsed > 0 else None
+
+    def seconds_left(self, now: float) -> float | None:
+        """Of the present activity; None before its first unit is done."""
+        if self.rate is None:
+            return None
+        return max(0.0, (self.total - self.done) / self.rate - (now - self.updated))
 
 
 class Tracker:
@@ -73,17 +100,8 @@ class Tracker:
         self._last_write = now
         if done == 0 or self._first_done is None:
             self._started, self._first_done = now, done
-        status = {
-            "stage": self._stage,
-            "doing": doing,
-            "done": done,
-            "total": total,
-            "first_done": self._first_done,  # not 0 where a resumed run went on
-            "started": self._started,
-            "updated": now,
-            "metrics": self._last_metrics,
-        }
-        write_json(self._folder.parent / "status.json", status, durable=False)
+        status = Status(self._stage, doing, done, total, self._started, now, self._last_metrics, self._first_done)
+        write_json(self._folder.parent / "status.json", asdict(status), durable=False)
 
     def close(self) -> None:
         if self._writer is not None:

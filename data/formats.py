@@ -7,7 +7,7 @@ assistant in turns, the user first.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from typing import TypeVar
 
 from data.records import (
     Comparison,
@@ -23,6 +23,7 @@ from data.records import (
 )
 
 Row = Mapping[str, object]
+ValueT = TypeVar("ValueT")
 
 FORMATS: Mapping[RecordKind, tuple[str, ...]] = {
     "demonstration": ("messages", "prompt + completion", "text"),
@@ -111,9 +112,7 @@ def verdict(row: Row, source: str) -> Verdict:
     _check_one_answer(completion, "completion")
     if not completion[0].content.strip():
         raise UnfitError("empty response", "completion", repr(completion[0].content))
-    label = present(row, "label")
-    if not isinstance(label, bool):
-        raise UnfitError("wrong type", "label", f"{shorten(label)}, not true or false")
+    label = typed(present(row, "label"), bool, "label", "not true or false")
     return Verdict(prompt, completion[0].content, label, source)
 
 
@@ -217,16 +216,22 @@ def present(row: Row, field: str) -> object:
     return value
 
 
+def typed(value: object, kind: type[ValueT], field: str, otherwise: str) -> ValueT:
+    """`value` itself. UnfitError if it is not of this kind; `otherwise` says so: "not a string"."""
+    if not isinstance(value, kind):
+        raise UnfitError("wrong type", field, f"{shorten(value)}, {otherwise}")
+    return value
+
+
 def as_text(value: object, field: str) -> str:
     """`value` as a string that a tokenizer takes. UnfitError if it is none."""
-    if not isinstance(value, str):
-        raise UnfitError("wrong type", field, f"{shorten(value)}, not a string")
+    text = typed(value, str, field, "not a string")
     try:
-        if not value.isascii():
-            value.encode()
+        if not text.isascii():
+            text.encode()
     except UnicodeEncodeError as error:  # a lone surrogate is valid JSON, but no tokenizer takes it
         raise UnfitError("malformed", field, shorten(str(error))) from None
-    return value
+    return text
 
 
 def _as_messages(row: Row, field: str, role: Role) -> tuple[Message, ...]:
@@ -235,18 +240,14 @@ def _as_messages(row: Row, field: str, role: Role) -> tuple[Message, ...]:
 
 
 def _messages(value: object, field: str) -> tuple[Message, ...]:
-    if not isinstance(value, list):
-        raise UnfitError("wrong type", field, f"{shorten(value)}, not a list of messages")
-    return tuple(_message(item, f"{field}[{index}]") for index, item in enumerate(cast(list[object], value)))
+    items = typed(value, list, field, "not a list of messages")
+    return tuple(_message(item, f"{field}[{index}]") for index, item in enumerate(items))
 
 
 def _message(item: object, field: str) -> Message:
-    if not isinstance(item, dict):
-        raise UnfitError("wrong type", field, f"{shorten(item)}, not a message")
-    message = cast(Row, item)
+    message: Row = typed(item, dict, field, "not a message")
     role, content = present(message, "role"), present(message, "content")
-    if not isinstance(role, str):
-        raise UnfitError("wrong type", f"{field}.role", f"{shorten(role)}, not a string")
+    role = typed(role, str, f"{field}.role", "not a string")
     if role not in _ROLES:
         raise UnfitError("role order", f"{field}.role", f"unknown role {shorten(role)}")
     return Message(_ROLES[role], as_text(content, f"{field}.content"))

@@ -101,7 +101,7 @@ def raw_rows(chunk: Chunk) -> Iterator[RawRow]:
     elif kind in (".csv", ".tsv"):
         rows = _delimited_rows(chunk.path, "\t" if kind == ".tsv" else ",")
     else:
-        rows = _array_rows(chunk.path) if kind == ".json" and _is_array(chunk.path) else _lines(chunk)
+        rows = _array_rows(chunk.path) if kind == ".json" and _is_array(chunk.path) else _line_rows(chunk)
     try:
         for raw in rows:
             last = raw.line
@@ -135,13 +135,7 @@ def count_rows(chunk: Chunk) -> int:
     if kind_of_file(chunk.path) == ".parquet":
         with pq.ParquetFile(chunk.path) as file:
             return sum(file.metadata.row_group(n).num_rows for n in range(chunk.start, chunk.end))
-    if not _has_chunks(chunk.path):
-        return 0
-    with _open_at(chunk) as file:
-        start, lines = file.tell(), 0
-        while start < chunk.end and (line := file.readline()):
-            start, lines = start + len(line), lines + 1
-        return lines
+    return sum(1 for _ in _lines(chunk)) if _has_chunks(chunk.path) else 0
 
 
 def _has_chunks(path: Path) -> bool:
@@ -157,24 +151,24 @@ def _open(path: Path) -> IO[bytes]:
     return path.open("rb")
 
 
-def _open_at(chunk: Chunk) -> IO[bytes]:
-    """At the first line that begins in the chunk: one that begins before it belongs to the chunk before."""
-    file = _open(chunk.path)
-    if chunk.start:
-        file.seek(chunk.start - 1)
-        file.readline()
-    return file
+def _lines(chunk: Chunk) -> Iterator[bytes]:
+    """Those that begin in the chunk: one that begins before it belongs to the chunk before."""
+    with _open(chunk.path) as file:
+        at = max(chunk.start - 1, 0)
+        if chunk.start:
+            file.seek(at)
+            at += len(file.readline())
+        is_whole = not _has_chunks(chunk.path)  # `end` is then of the compressed bytes
+        while (is_whole or at < chunk.end) and (line := file.readline()):
+            at += len(line)
+            yield line
 
 
-def _lines(chunk: Chunk) -> Iterator[RawRow]:
-    number, is_whole = 0, not _has_chunks(chunk.path)
-    with _open_at(chunk) as file:
-        start = 0 if is_whole else file.tell()
-        while (is_whole or start < chunk.end) and (line := file.readline()):
-            start, number = start + len(line), number + 1
-            content = line.removeprefix(_BOM) if number == 1 and chunk.start == 0 else line
-            if content.strip():
-                yield RawRow(number, content.rstrip(b"\r\n"))
+def _line_rows(chunk: Chunk) -> Iterator[RawRow]:
+    for number, line in enumerate(_lines(chunk), start=1):
+        content = line.removeprefix(_BOM) if number == 1 and chunk.start == 0 else line
+        if content.strip():
+            yield RawRow(number, content.rstrip(b"\r\n"))
 
 
 def _as_text_file(path: Path) -> TextIOWrapper:

@@ -68,28 +68,18 @@ class PlainText:
 Record = Demonstration | Comparison | Verdict | Prompt | PlainText
 
 
-def messages_of(record: Record) -> tuple[Message, ...]:
-    """The messages that the template writes before what is beside them; all of a demonstration's."""
+def parts_of(record: Record) -> tuple[tuple[Message, ...], dict[str, str]]:
+    """(messages, texts by name): the turns that the template writes, all of a demonstration's, and what stands beside
+    them, all of which is learnt or scored: both responses, the response, or the plain text."""
     match record:
-        case Comparison(prompt) | Verdict(prompt):
-            return prompt
+        case Comparison(prompt, chosen, rejected):
+            return prompt, {"chosen": chosen, "rejected": rejected}
+        case Verdict(prompt, response):
+            return prompt, {"response": response}
         case Demonstration(messages) | Prompt(messages):
-            return messages
-        case PlainText():
-            return ()
-
-
-def texts_beside(record: Record) -> tuple[str, ...]:
-    """What stands beside the messages: both responses, the response, or the plain text."""
-    match record:
-        case Comparison(_, chosen, rejected):
-            return chosen, rejected
-        case Verdict(_, response):
-            return (response,)
+            return messages, {}
         case PlainText(text):
-            return (text,)
-        case Demonstration() | Prompt():
-            return ()
+            return (), {"text": text}
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,7 @@ def read_records(source: SourceConfig, kind: RecordKind) -> Reading[Record]:
     else:
         hub_rows = _load_hub_rows(source)
         rows, where, digest = hub_rows, f"hub data set {source.hub}", _rows_digest(hub_rows)
-    records, rejects, first = _parse(rows, kind)
-    account = _checked_account(records, rejects, first, where=where, kind=kind)
+    records, rejects, account = _parse(rows, kind, where)
     content_hash = digest if source.limit is None else f"{digest}, the first {source.limit} rows"
     return Reading(tuple(records), tuple(rejects), account, content_hash)
 
@@ -72,8 +71,7 @@ def peek(source: SourceConfig, kind: RecordKind, rows: int = 20) -> Account | No
     if source.path is None:
         return None
     limit = rows if source.limit is None else min(rows, source.limit)
-    records, rejects, first = _parse(iterate_rows(source.path, limit=limit, split=source.split), kind)
-    return _checked_account(records, rejects, first, where=str(source.path), kind=kind)
+    return _parse(iterate_rows(source.path, limit=limit, split=source.split), kind, str(source.path))[2]
 
 
 def resolve_path(path: Path) -> Path:
@@ -151,25 +149,18 @@ def _load_hub_rows(source: SourceConfig) -> list[LabelledRow]:
     return [(f"{source.hub}/{source.split}:row {n}", row) for n, row in enumerate(islice(rows, source.limit), start=1)]
 
 
-def _parse(rows: Iterable[LabelledRow], kind: RecordKind) -> tuple[list[Record], list[Reject], Row]:
-    """The records, the rejects, and the first row that is an object (for its keys)."""
+def _parse(rows: Iterable[LabelledRow], kind: RecordKind, where: str) -> tuple[list[Record], list[Reject], Account]:
+    """DataError if there is no row in `where`, or none that fits."""
     records: list[Record] = []
     rejects: list[Reject] = []
-    first: Row = {}
+    first: Row = {}  # that is an object
     for label, row in rows:
+        first = first or ({} if isinstance(row, Reject) else row)
         parsed = row if isinstance(row, Reject) else parse_row(row, label, kind)
-        if not first and not isinstance(row, Reject):
-            first = row
         if isinstance(parsed, Reject):
             rejects.append(parsed)
         else:
             records.append(parsed)
-    return records, rejects, first
-
-
-def _checked_account(
-    records: list[Record], rejects: list[Reject], first: Row, *, where: str, kind: RecordKind
-) -> Account:
     if not records and not rejects:
         raise DataError(f"{where} is empty: it has no rows")
     if not records:
@@ -180,7 +171,7 @@ def _checked_account(
             f"{field} ({reject.detail}). Keys found: {', '.join(first) or 'none'}. "
             f"Known formats of a {kind}: {'; '.join(FORMATS[kind])}"
         )
-    return Account.of(len(records) + len(rejects), rejects)
+    return records, rejects, Account.of(len(records) + len(rejects), rejects)
 
 
 def _digest(source: SourceConfig, kind: RecordKind) -> str:

@@ -3,10 +3,11 @@
 import hashlib
 import unicodedata
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import TypeVar
 
 from align.errors import DataError
-from data.records import Comparison, Demonstration, PlainText, Prompt, Record, Verdict
+from data.records import Demonstration, PlainText, Record, parts_of
 
 RecordT = TypeVar("RecordT", bound=Record)
 
@@ -42,14 +43,11 @@ def normalized_prompt(record: Record) -> str:
 
     A demonstration's are those before its first assistant turn, since all the others are learnt with it.
     """
-    match record:
-        case Demonstration(messages):
-            first_answer = next(n for n, message in enumerate(messages) if message.role == "assistant")
-            turns = messages[:first_answer]
-        case Comparison(turns) | Verdict(turns) | Prompt(turns):
-            pass
-        case PlainText(text):
-            return normalize(text)
+    if isinstance(record, PlainText):
+        return normalize(record.text)
+    turns, _ = parts_of(record)
+    if isinstance(record, Demonstration):
+        turns = takewhile(lambda turn: turn.role != "assistant", turns)
     return "\x1e".join(f"{turn.role}\x1f{normalize(turn.content)}" for turn in turns if turn.role != "system")
 
 

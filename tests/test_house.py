@@ -35,7 +35,6 @@ LIGHT_MODULES = [
     "data.splits",
     "data.rejects",
     "data.tokenization",
-    "data.ingestion.counters",
     "data.ingestion.parts",
     "data.ingestion.inspection",
 ]

@@ -9,46 +9,18 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from align.config.ppo import (
-    AdvantageConfig,
-    CriticConfig,
-    GuardConfig,
-    KLConfig,
-    OptimizerConfig,
-    PPOConfig,
-    RewardsConfig,
-    RewardSourceConfig,
-    RolloutConfig,
+from align.config.ppo import (  # isort: skip # one statement: `ppo`'s sections can be imported from here, too
+    AdvantageConfig as AdvantageConfig,
+    CriticConfig as CriticConfig,
+    GuardConfig as GuardConfig,
+    KLConfig as KLConfig,
+    OptimizerConfig as OptimizerConfig,
+    PPOConfig as PPOConfig,
+    RewardsConfig as RewardsConfig,
+    RewardSourceConfig as RewardSourceConfig,
+    RolloutConfig as RolloutConfig,
 )
 from align.config.section import Schedule, Section
-
-__all__ = [
-    "AdaptersConfig",
-    "AdvantageConfig",
-    "BaseModelConfig",
-    "ClusterConfig",
-    "Config",
-    "CriticConfig",
-    "DataConfig",
-    "DatasetConfig",
-    "EvaluationConfig",
-    "GuardConfig",
-    "KLConfig",
-    "OptimizerConfig",
-    "PPOConfig",
-    "RewardConfig",
-    "RewardSourceConfig",
-    "RewardsConfig",
-    "RolloutConfig",
-    "RunConfig",
-    "SFTConfig",
-    "Schedule",
-    "Section",
-    "SourceConfig",
-    "StageName",
-    "SupervisedConfig",
-    "TrackingConfig",
-]
 
 StageName = Literal["sft", "reward", "ppo"]
 

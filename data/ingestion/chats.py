@@ -6,7 +6,7 @@ or out of order passes as it is, for data.formats to reject with the reason that
 
 from typing import cast
 
-from data.formats import Row, UnfitError, as_text, present, shorten
+from data.formats import Row, UnfitError, as_text, present, shorten, typed
 
 _ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "developer": "system"}
 
@@ -29,16 +29,9 @@ def joined_prompt(row: Row, columns: tuple[str, ...]) -> str:
     return "\n\n".join(text for text in texts if text.strip())
 
 
-def trl_preference(row: Row) -> list[dict[str, object]]:
-    return [_picked(row, "prompt", "chosen", "rejected", "margin", "preference")]
-
-
-def trl_unpaired(row: Row) -> list[dict[str, object]]:
-    return [_picked(row, "prompt", "completion", "label")]
-
-
-def trl_prompt_completion(row: Row) -> list[dict[str, object]]:
-    return [_picked(row, "prompt", "completion")]
+def picked(row: Row, columns: tuple[str, ...]) -> list[dict[str, object]]:
+    """TRL's formats are canonical but for the spelling of messages; what else stands in the row is left behind."""
+    return [{column: canonical_turns(row[column], column) for column in columns if row.get(column) is not None}]
 
 
 def trl_messages(row: Row) -> list[dict[str, object]]:
@@ -52,20 +45,14 @@ def trl_messages(row: Row) -> list[dict[str, object]]:
 
 
 def trl_prompt(row: Row) -> list[dict[str, object]]:
-    return [_picked(row, "prompt" if row.get("prompt") is not None else "messages")]
-
-
-def text(row: Row) -> list[dict[str, object]]:
-    return [_picked(row, "text")]
+    return picked(row, ("prompt" if row.get("prompt") is not None else "messages",))
 
 
 def openai_preference(row: Row) -> list[dict[str, object]]:
-    asked = present(row, "input")
-    if not isinstance(asked, dict):
-        raise UnfitError("wrong type", "input", f"{shorten(asked)}, not an object with messages")
+    asked: Row = typed(present(row, "input"), dict, "input", "not an object with messages")
     return [
         {
-            "prompt": canonical_turns(present(cast(Row, asked), "messages"), "input.messages"),
+            "prompt": canonical_turns(present(asked, "messages"), "input.messages"),
             "chosen": canonical_turns(present(row, "preferred_output"), "preferred_output"),
             "rejected": canonical_turns(present(row, "non_preferred_output"), "non_preferred_output"),
         }
@@ -103,10 +90,6 @@ def alpaca_preference(row: Row) -> list[dict[str, object]]:
     ]
 
 
-def _picked(row: Row, *columns: str) -> dict[str, object]:
-    return {column: canonical_turns(row[column], column) for column in columns if row.get(column) is not None}
-
-
 def _canonical_turn(item: object, field: str) -> object:
     if not isinstance(item, dict):
         return item
@@ -137,11 +120,9 @@ def _conversation(row: Row) -> object:
 
 def _asked(row: Row) -> list[object]:
     """System prompt, earlier rounds and the instruction: all that an Alpaca row has before the answer."""
-    past = row.get("history") or []
-    if not isinstance(past, list):
-        raise UnfitError("wrong type", "history", f"{shorten(past)}, not a list of [question, answer]")
+    past = typed(row.get("history") or [], list, "history", "not a list of [question, answer]")
     messages = _system(row)
-    for index, item in enumerate(cast(list[object], past)):
+    for index, item in enumerate(past):
         pair = cast(list[object], item) if isinstance(item, list) else []
         if len(pair) != 2:
             raise UnfitError("malformed", f"history[{index}]", f"{shorten(item)}, not [question, answer]")

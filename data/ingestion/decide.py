@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data.ingestion.near import PROMPT, REST, SLOTS, Signatures, are_alike, candidates
+from data.ingestion.near import PROMPT, REST, SLOTS, Rows, Signatures, are_alike, candidates
 from data.ingestion.rules import (
     ACROSS_ROWS,
     CONTRADICTORY,
@@ -25,8 +25,6 @@ from data.ingestion.sift import KEYS, Sifted
 
 ROWS_IN_MEMORY = 4_000_000  # whose keys are looked at together; past it, prompts are taken in parts
 KEPT = -1
-
-Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)

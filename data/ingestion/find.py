@@ -116,16 +116,12 @@ def _detect(name: str, chunks: Sequence[Chunk]) -> Shape:
     return detect(rows, where=name) if rows else _NO_SHAPE
 
 
-def _is_none(row: Row) -> bool:
-    return False
-
-
 def _unfit(row: Row) -> list[dict[str, object]]:
     raise UnfitError("malformed", "", "the file's first rows are none that can be read")
 
 
 # Of a file whose first rows cannot be read at all: what of it can be is no ground to guess on. The kind is a dummy's.
-_NO_SHAPE = Shape("none", "comparison", "nothing that can be read", _is_none, _unfit)
+_NO_SHAPE = Shape("none", "comparison", "nothing that can be read", _unfit, {})
 
 
 def common_kind(pieces: Sequence[Piece]) -> RecordKind:

@@ -20,7 +20,7 @@ TARGETS: tuple[tuple[frozenset[str], frozenset[str], RecordKind], ...] = (
     (frozenset({"text"}), frozenset(), "demonstration"),
     (frozenset({"prompt"}), frozenset(), "prompt"),
 )
-OPTIONAL = frozenset[str]().union(*(optional for _, optional, _ in TARGETS))
+_OPTIONAL = frozenset[str]().union(*(optional for _, optional, _ in TARGETS))
 _GOOD = ("true", "1", "up", "good", "yes")
 _BAD = ("false", "0", "down", "bad", "no")
 MARKS = ("label", "thumbs", "feedback", "is_good")
@@ -29,15 +29,6 @@ MARKS = ("label", "thumbs", "feedback", "is_good")
 def split_columns(columns: str) -> tuple[str, ...]:
     """The raw columns that one target is made of: "instruction+context"."""
     return tuple(column.strip() for column in columns.split("+"))
-
-
-def has_columns(columns: Mapping[str, str], row: Row) -> bool:
-    """Does the row have a value for every target that is not optional?"""
-    return all(
-        any(row.get(column) is not None for column in split_columns(source))
-        for target, source in columns.items()
-        if target not in OPTIONAL
-    )
 
 
 def from_columns(columns: Mapping[str, str], row: Row) -> list[dict[str, object]]:
@@ -117,7 +108,7 @@ def _mark(row: Row) -> str | None:
 
 
 def _read(row: Row, target: str, source: str) -> object:
-    if target in OPTIONAL:
+    if target in _OPTIONAL:
         return as_number(row.get(source), source)
     columns = split_columns(source)
     if len(columns) > 1:

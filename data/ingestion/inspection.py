@@ -1,38 +1,42 @@
 """What is in a verified data set: counts, lengths, biases and a few rows, from one pass over its shards.
 
-Memory does not grow with the rows: one batch is held at a time, and of what went before only bounded counters
-(`data.ingestion.counters`) and the records of at most three rows a split.
+Memory does not grow with the texts: one batch is held at a time, and of what went before only counts (of lengths, and
+of prompts by 8-byte keys: some 100 bytes a distinct one), margins and the records of at most three rows a split.
 """
 
-from collections import Counter
+from array import array
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from heapq import nsmallest
 from itertools import zip_longest
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
+
+import numpy as np
 
 from align.artifacts import read_artifact, read_json
 from align.errors import ArtifactError
 from align.statistics import wilson_interval
 from data.formats import parse_row
-from data.ingestion.counters import Distribution, Histogram, PromptCounter, PromptCounts
 from data.ingestion.parts import Part, encoded_parts, part_lengths, plain_parts, text_runs, token_runs
 from data.records import (
     Comparison,
     Demonstration,
-    Message,
     PlainText,
     Record,
     RecordKind,
     Reject,
     Verdict,
-    messages_of,
+    parts_of,
 )
 from data.sources import has_split, is_dataset, iterate_rows
-from data.splits import normalized_prompt
+from data.splits import normalized_prompt, prompt_key
 from data.tokenization import Codec, EncodingError, OnProgress
 
 _NUM_EXAMPLES = 3
+_MOST_FREQUENT = 10
 _EXCERPT = 80  # characters of a prompt that occurs twice
 
 
@@ -46,6 +50,36 @@ class Share:
     @staticmethod
     def of(count: int, total: int) -> "Share":
         return Share(count, total, *((count / total, wilson_interval(count, total)) if total else (None, None)))
+
+
+@dataclass(frozen=True)
+class Distribution:
+    rows: int
+    mean: float
+    p50: int  # at least half of the rows are no longer: a length that occurs, never one between two
+    p95: int
+    p99: int
+    max: int
+
+    @staticmethod
+    def of(counts: Counter[int]) -> "Distribution":
+        """`counts`: how many rows have each length."""
+        lengths, rows = list(counts), list(counts.values())
+        mean = sum(length * count for length, count in counts.items()) / sum(rows)
+        p50, p95, p99 = map(int, np.quantile(lengths, [0.5, 0.95, 0.99], method="inverted_cdf", weights=rows))
+        return Distribution(sum(rows), mean, p50, p95, p99, max(lengths))
+
+
+@dataclass(frozen=True)
+class FrequentPrompt:
+    rows: int
+    excerpt: str
+
+
+@dataclass(frozen=True)
+class PromptCounts:
+    distinct: int
+    most_frequent: tuple[FrequentPrompt, ...]  # those that occur twice or more, the most frequent first
 
 
 @dataclass(frozen=True)
@@ -158,11 +192,6 @@ def _record(kind: RecordKind, row: Mapping[str, Any]) -> Record:
     return record
 
 
-def _prompt_turns(record: Record) -> tuple[Message, ...]:
-    """What comes before the answer, of a demonstration the last one."""
-    return record.messages[:-1] if isinstance(record, Demonstration) else messages_of(record)
-
-
 class _Tally:
     """Everything counted so far."""
 
@@ -173,19 +202,22 @@ class _Tally:
         self._counts: Counter[str] = Counter()
         self._turns: Counter[int] = Counter()
         self._refused: Counter[str] = Counter()
-        self._lengths: dict[str, dict[str, Histogram]] = {"characters": {}} | ({"tokens": {}} if codec else {})
-        self._margins = Margins(0, 0.0, float("inf"), float("-inf"))
-        self._prompts = PromptCounter()
+        units = ("characters",) if codec is None else ("characters", "tokens")
+        self._lengths = {unit: defaultdict[str, Counter[int]](Counter) for unit in units}
+        self._margins = array("d")
+        self._prompts: Counter[int] = Counter()
+        self._excerpts: dict[int, str] = {}  # of those that have come twice
         self._firsts: dict[str, list[tuple[str, str, Record]]] = {}  # by split: (content hash, source, record)
 
     def add(self, split: str, row: Mapping[str, Any]) -> None:
         record = _record(self.kind, row)
         self.rows[split, row["source"]] += 1
-        turns = _prompt_turns(record)
+        turns, _ = parts_of(record)
+        turns = turns[:-1] if isinstance(record, Demonstration) else turns  # what comes before the (last) answer
         self._turns[sum(turn.role != "system" for turn in turns)] += 1
         self._counts["with system"] += any(turn.role == "system" for turn in turns)
         asked = record.text if isinstance(record, PlainText) else turns[-1].content
-        self._prompts.add(normalized_prompt(record), asked[:_EXCERPT])
+        self._count_prompt(prompt_key(normalized_prompt(record), 0), asked[:_EXCERPT])
         self._measure("characters", record, part_lengths(text_runs(record)))
         if self._codec is not None:
             try:
@@ -195,7 +227,7 @@ class _Tally:
         if isinstance(record, Comparison):
             self._counts["ties"] += record.preference == 0.5
             self._counts["preferred rejected"] += record.preference < 0.5
-            self._add_margin(record.margin)
+            self._margins.extend(() if record.margin is None else (record.margin,))
         self._counts["good"] += isinstance(record, Verdict) and record.is_good
         firsts = [*self._firsts.get(split, ()), (str(row["content_hash"]), record.source, record)]
         self._firsts[split] = sorted(firsts, key=lambda first: first[:2])[:_NUM_EXAMPLES]
@@ -203,7 +235,7 @@ class _Tally:
     def _measure(self, unit: str, record: Record, lengths: Mapping[str, int]) -> None:
         row = lengths.get("prompt", 0) + max((n for name, n in lengths.items() if name != "prompt"), default=0)
         for name, length in {**lengths, "row": row}.items():
-            self._lengths[unit].setdefault(name, Histogram()).add(length)
+            self._lengths[unit][name][length] += 1
         if unit == "tokens" and self._max_length is not None:
             self._counts["over length"] += row > self._max_length
         if isinstance(record, Comparison) and record.preference != 0.5 and lengths["chosen"] != lengths["rejected"]:
@@ -211,30 +243,34 @@ class _Tally:
             self._counts[f"{unit}: differ"] += 1
             self._counts[f"{unit}: longer preferred"] += is_chosen_longer == (record.preference > 0.5)
 
-    def _add_margin(self, margin: float | None) -> None:
-        if margin is not None:
-            old, rows = self._margins, self._margins.rows + 1
-            mean = old.mean + (margin - old.mean) / rows
-            self._margins = Margins(rows, mean, min(old.low, margin), max(old.high, margin))
+    def _count_prompt(self, key: int, excerpt: str) -> None:
+        self._prompts[key] += 1
+        if self._prompts[key] == 2:
+            self._excerpts[key] = excerpt
+
+    def _most_frequent(self) -> tuple[FrequentPrompt, ...]:
+        repeated = [(-self._prompts[key], key) for key in self._excerpts]
+        return tuple(FrequentPrompt(-count, self._excerpts[key]) for count, key in nsmallest(_MOST_FREQUENT, repeated))
 
     def inspection(self, contents: Contents) -> Inspection:
         counts, total, is_pairs = self._counts, self.rows.total(), self.kind == "comparison"
+        margins = self._margins
         bias = {u: Share.of(counts[f"{u}: longer preferred"], counts[f"{u}: differ"]) for u in self._lengths}
         has_limit = self._max_length is not None and self._codec is not None
         return Inspection(
             contents=contents,
             turns=dict(sorted(self._turns.items())),
             with_system=counts["with system"],
-            lengths={u: {name: h.distribution() for name, h in parts.items()} for u, parts in self._lengths.items()},
+            lengths={u: {name: Distribution.of(own) for name, own in of.items()} for u, of in self._lengths.items()},
             max_length=self._max_length,
             over_length=Share.of(counts["over length"], total - self._refused.total()) if has_limit else None,
             not_encodable=dict(sorted(self._refused.items())),
             length_bias=bias if is_pairs else {},
             ties=Share.of(counts["ties"], total) if is_pairs else None,
             preferred_rejected=counts["preferred rejected"],
-            margins=self._margins if self._margins.rows else None,
+            margins=Margins(len(margins), fmean(margins), min(margins), max(margins)) if margins else None,
             labels=Share.of(counts["good"], total) if self.kind == "verdict" else None,
-            prompts=self._prompts.result(),
+            prompts=PromptCounts(len(self._prompts), self._most_frequent()),
             examples=self._examples(),
         )
 

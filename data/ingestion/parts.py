@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import cast
 
-from data.records import Comparison, Demonstration, Message, PlainText, Prompt, Record, Verdict
+from data.records import Demonstration, PlainText, Record, parts_of
 from data.tokenization import Codec, encode_conversation, encode_demonstrations, encode_prompt, encode_response
 
 _WHOLE = 2**62  # a max_length that cuts nothing
@@ -24,40 +24,24 @@ class Part:
 
 def text_runs(record: Record, *, with_roles: bool = False) -> dict[str, TextRuns]:
     """The contents by part; `with_roles` puts the role before each turn, as a person would read it."""
-
-    def turns(messages: Sequence[Message]) -> TextRuns:
-        form = "{0.role}: {0.content}\n\n" if with_roles else "{0.content}"
-        is_learnt = isinstance(record, Demonstration)
-        return [(form.format(turn), is_learnt and turn.role == "assistant") for turn in messages]
-
-    match record:
-        case Comparison(prompt, chosen, rejected):
-            return {"prompt": turns(prompt), "chosen": [(chosen, True)], "rejected": [(rejected, True)]}
-        case Verdict(prompt, response):
-            return {"prompt": turns(prompt), "response": [(response, True)]}
-        case Prompt(messages):
-            return {"prompt": turns(messages)}
-        case Demonstration(messages):
-            return {"conversation": turns(messages)}
-        case PlainText(text):
-            return {"text": [(text, True)]}
+    messages, texts = parts_of(record)
+    form = "{0.role}: {0.content}\n\n" if with_roles else "{0.content}"
+    is_learnt = isinstance(record, Demonstration)
+    turns = [(form.format(turn), is_learnt and turn.role == "assistant") for turn in messages]
+    asked = {"conversation" if is_learnt else "prompt": turns} if turns else {}
+    return {**asked, **{name: [(text, True)] for name, text in texts.items()}}
 
 
 def token_runs(codec: Codec, record: Record) -> dict[str, TokenRuns]:
     """As the stages tokenize it, not cut to any length. EncodingError if the codec has no ids for it."""
-    match record:
-        case Comparison(prompt, chosen, rejected):
-            sides = {"chosen": encode_response(codec, chosen), "rejected": encode_response(codec, rejected)}
-        case Verdict(prompt, response):
-            sides = {"response": encode_response(codec, response)}
-        case Prompt(prompt):
-            sides = {}
-        case Demonstration(messages):
-            return {"conversation": _runs(*encode_conversation(codec, messages))}
-        case PlainText():
-            (row,), _ = encode_demonstrations(codec, [record], max_length=_WHOLE)
-            return {"text": _runs(row.ids, row.is_response)}
-    return {"prompt": [(encode_prompt(codec, prompt), False)], **{name: [(ids, True)] for name, ids in sides.items()}}
+    if isinstance(record, Demonstration):
+        return {"conversation": _runs(*encode_conversation(codec, record.messages))}
+    if isinstance(record, PlainText):
+        (row,), _ = encode_demonstrations(codec, [record], max_length=_WHOLE)
+        return {"text": _runs(row.ids, row.is_response)}
+    prompt, texts = parts_of(record)
+    responses = {name: [(encode_response(codec, text), True)] for name, text in texts.items()}
+    return {"prompt": [(encode_prompt(codec, prompt), False)], **responses}
 
 
 def _runs(ids: Sequence[int], is_response: Sequence[bool]) -> TokenRuns:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import cast
 
-from data.formats import Row, UnfitError, as_text, present, shorten
+from data.formats import Row, UnfitError, as_text, present, shorten, typed
 from data.ingestion.flat import as_number
 
 _OASST_ROLES: Mapping[object, str] = {"prompter": "user", "assistant": "assistant"}
@@ -51,10 +51,8 @@ def ultrafeedback(row: Row) -> list[dict[str, object]]:
     equals the first counts. If all are equal, the first two are a tie. Ratings are of one scale: `overall_score`,
     `fine-grained_score` or the mean rating of the annotations, whichever is the first that two completions have.
     """
-    completions = present(row, "completions")
-    if not isinstance(completions, list):
-        raise UnfitError("wrong type", "completions", f"{shorten(completions)}, not a list")
-    answers = [cast(Row, item) for item in cast(list[object], completions) if isinstance(item, dict)]
+    completions = typed(present(row, "completions"), list, "completions", "not a list")
+    answers: list[Row] = [item for item in completions if isinstance(item, dict)]
     scales = ([(scale(answer), answer) for answer in answers] for scale in _SCALES)
     known = ([(rating, answer) for rating, answer in scale if rating is not None] for scale in scales)
     rated = next((scale for scale in known if len(scale) > 1), None)
@@ -77,14 +75,12 @@ def ultrafeedback(row: Row) -> list[dict[str, object]]:
 def summarize_from_feedback(row: Row) -> list[dict[str, object]]:
     """The post, or the article, and "TL;DR:" ask for a summary; title and subreddit are left out."""
     info, summaries, choice = present(row, "info"), present(row, "summaries"), present(row, "choice")
-    if not isinstance(info, dict):
-        raise UnfitError("wrong type", "info", f"{shorten(info)}, not an object with post or article")
+    told: Row = typed(info, dict, "info", "not an object with post or article")
     if not isinstance(summaries, list) or len(cast(list[object], summaries)) != 2:
         raise UnfitError("malformed", "summaries", f"{shorten(summaries)}, not two summaries")
     if type(choice) is not int or choice not in (0, 1):
         raise UnfitError("wrong type", "choice", f"{shorten(choice)}, not 0 or 1")
-    post = cast(Row, info).get("post")
-    asked = as_text(present(cast(Row, info), "article") if post is None else post, "info")
+    asked = as_text(present(told, "article" if told.get("post") is None else "post"), "info")
     texts = [_summary(item, f"summaries[{index}]") for index, item in enumerate(cast(list[object], summaries))]
     chosen, rejected = reversed(texts) if choice == 1 else texts
     prompt = f"{asked.strip()}\n\nTL;DR:" if asked.strip() else ""
@@ -150,6 +146,5 @@ def _finite(value: object) -> float | None:
 
 
 def _summary(item: object, field: str) -> str:
-    if not isinstance(item, dict):
-        raise UnfitError("wrong type", field, f"{shorten(item)}, not an object with text")
-    return as_text(present(cast(Row, item), "text"), field).strip()
+    summary: Row = typed(item, dict, field, "not an object with text")
+    return as_text(present(summary, "text"), field).strip()

@@ -11,12 +11,11 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
-from align.artifacts import Artifact, write_directory
+from align.artifacts import write_directory
 from align.errors import ArtifactError, DataError, UsageError, WorkerError
 from data.ingestion.decide import decide
 from data.ingestion.find import IngestRequest, common_kind, describe, find_pieces
@@ -28,16 +27,10 @@ Sift = Callable[[Piece], Sifted]
 Engine = Callable[[Sift, Sequence[Piece]], Iterable[Sifted]]  # results in any order
 
 
-@dataclass(frozen=True)
-class Ingested:
-    dataset: Artifact
-    account: dict[str, object]  # as in account.json
-
-
 def ingest(
     asked: IngestRequest, to: Path, *, engine: Engine, note: Callable[[str], None], on_progress: OnProgress
-) -> Ingested:
-    """Make the data set at `to`: whole, or not at all.
+) -> dict[str, object]:
+    """Make the data set at `to`: whole, or not at all. Returns its account, as in account.json.
 
     Raises:
         DataError: a source cannot be found, is of no known kind or shape, or no row is fit.
@@ -70,8 +63,8 @@ def ingest(
                 raise DataError(_reasons(tally))
             found.append(write_words(folder, tally, describe(asked, rules.kind, pieces)))
 
-        dataset = write_directory(to, fill, kind="dataset", stage="ingest", step=0, base_identity="")
-        return Ingested(dataset, found[0])
+        write_directory(to, fill, kind="dataset", stage="ingest", step=0, base_identity="")
+        return found[0]
     except OSError as error:
         raise ArtifactError(f"cannot write beside {to}: {error}; free space, or choose another folder") from error
     finally:

@@ -4,10 +4,10 @@ A pure function of the piece's bytes and the rules, whichever process or machine
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from types import TracebackType
 from typing import cast
 
 import numpy as np
@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from data.formats import UnfitError, parse_row, shorten
 from data.ingestion.near import signatures
 from data.ingestion.rules import IDENTICAL, TIE, RowRules, SourceFile
-from data.ingestion.tables import REJECTS, SCHEMAS, rejects_table, table_of
+from data.ingestion.tables import REJECTS, SCHEMAS, table_of
 from data.ingestion.tokens import TokenGate
 from data.readers import CHUNK_BYTES, Chunk, Damage, RawRow, as_text, count_rows, decode, raw_rows
-from data.records import Comparison, Record, Reject, Verdict, messages_of, texts_beside
+from data.records import Comparison, Record, Reject, Verdict, parts_of
 from data.splits import normalize, normalized_prompt, prompt_key
 
 # 8 bytes each: among 100 million rows, two different ones share a key with a probability of 3 in 10,000.
@@ -66,7 +66,7 @@ def sift(piece: Piece, rules: RowRules) -> Sifted:
     gate = TokenGate(rules.tokens) if rules.tokens is not None else None
     warnings: list[tuple[int, str]] = []
     rows_in = 0
-    with _Tables(piece, rules) as tables:
+    with closing(_Tables(piece, rules)) as tables:
         for raw in raw_rows(piece.chunk):
             if isinstance(raw.content, Damage) and raw.content.ends_file:
                 warnings.append((raw.line, raw.content.detail))
@@ -79,6 +79,7 @@ def sift(piece: Piece, rules: RowRules) -> Sifted:
                 else:  # the row whole once, though a tree of ranked answers may be rejected in many parts
                     text = as_text(raw.content) if text is None else ""
                     tables.reject(raw.line, reject, text)
+        tables.flush()
     return Sifted(piece, count_rows(piece.chunk), rows_in, tables.num_kept, tuple(warnings))
 
 
@@ -92,43 +93,37 @@ class _Tables:
         self._keys, self._near = piece.path("keys").open("wb"), piece.path("near").open("wb")
         self._lines: list[int] = []
         self._records: list[Record] = []
-        self._rejects: list[tuple[int, Reject, str]] = []
+        self._rejects: list[dict[str, object]] = []
         self._characters = 0
         self.num_kept = 0
 
     def keep(self, line: int, record: Record) -> None:
         self._lines.append(line)
         self._records.append(record)
-        texts = (*(turn.content for turn in messages_of(record)), *texts_beside(record))
-        self._flush_if_full(sum(map(len, texts)))
+        turns, texts = parts_of(record)
+        self._flush_if_full(sum(len(turn.content) for turn in turns) + sum(map(len, texts.values())))
 
     def reject(self, line: int, reject: Reject, text: str) -> None:
-        self._rejects.append((line, reject, text))
+        why = {"reason": reject.reason, "field": reject.field, "detail": reject.detail}
+        self._rejects.append({"line": line, **why, "row": text})
         self._flush_if_full(len(text))
 
     def _flush_if_full(self, num_characters: int) -> None:
         self._characters += num_characters
         if len(self._records) + len(self._rejects) >= _ROWS_HELD or self._characters >= CHUNK_BYTES:
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
+    def flush(self) -> None:
         hashes, keys = _keys(self._records, self._rules.seed)
         self._kept.write_table(table_of(self._rules.kind, self._records, self._lines, self._source, hashes))
-        self._rejected.write_table(rejects_table(self._rejects))
+        self._rejected.write_table(pa.Table.from_pylist(self._rejects, REJECTS))
         keys.tofile(self._keys)
         if self._rules.has_signatures:
             signatures(self._records).tofile(self._near)
         self.num_kept += len(self._records)
         self._lines, self._records, self._rejects, self._characters = [], [], [], 0
 
-    def __enter__(self) -> "_Tables":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            self._flush()
+    def close(self) -> None:
         for file in (self._kept, self._rejected, self._keys, self._near):
             file.close()
 
@@ -172,7 +167,8 @@ def _keys(records: Sequence[Record], seed: int) -> tuple[list[str], NDArray[np.v
     hashes: list[str] = []
     keys = np.zeros(len(records), KEYS)
     for number, record in enumerate(records):
-        turns, sides, side = messages_of(record), texts_beside(record), _side(record)
+        turns, texts = parts_of(record)
+        sides, side = texts.values(), _side(record)
         content = blake2b(bytes([side + 1]), digest_size=16)
         for text in ("\x1e".join(f"{turn.role}\x1f{turn.content}" for turn in turns), *sides):
             content.update(_digest(text))

@@ -11,86 +11,67 @@ and of each row: source (the file), line, content_hash (BLAKE2b, 32 hex digits).
 data.formats reads, so a data set is read like any other file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, chain
-from typing import Any, cast
+from operator import attrgetter
+from typing import Any
 
 import pyarrow as pa
 
-from data.records import Comparison, Demonstration, Message, PlainText, Prompt, Record, RecordKind, Reject, Verdict
+from data.records import Comparison, Demonstration, Message, PlainText, Record, RecordKind
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
-_ORIGIN = [("source", pa.string()), ("line", pa.int64()), ("content_hash", pa.string())]
-_OWN: dict[RecordKind, list[tuple[str, pa.DataType]]] = {
+Column = tuple[str, pa.DataType, Callable[[Any], object]]  # name, type, what of a record stands in it
+
+
+def _preference(pair: Comparison) -> float | None:
+    return None if pair.preference == 1.0 else pair.preference
+
+
+def _messages(record: Demonstration | PlainText) -> tuple[Message, ...] | None:
+    return record.messages if isinstance(record, Demonstration) else None
+
+
+def _text(record: Demonstration | PlainText) -> str | None:
+    return record.text if isinstance(record, PlainText) else None
+
+
+_OWN: Mapping[RecordKind, Sequence[Column]] = {
     "comparison": [
-        ("prompt", MESSAGES),
-        ("chosen", pa.string()),
-        ("rejected", pa.string()),
-        ("margin", pa.float64()),
-        ("preference", pa.float64()),
+        ("prompt", MESSAGES, attrgetter("prompt")),
+        ("chosen", pa.string(), attrgetter("chosen")),
+        ("rejected", pa.string(), attrgetter("rejected")),
+        ("margin", pa.float64(), attrgetter("margin")),
+        ("preference", pa.float64(), _preference),
     ],
-    "verdict": [("prompt", MESSAGES), ("completion", pa.string()), ("label", pa.bool_())],
-    "demonstration": [("messages", MESSAGES), ("text", pa.string())],
-    "prompt": [("prompt", MESSAGES)],
+    "verdict": [
+        ("prompt", MESSAGES, attrgetter("prompt")),
+        ("completion", pa.string(), attrgetter("response")),
+        ("label", pa.bool_(), attrgetter("is_good")),
+    ],
+    "demonstration": [("messages", MESSAGES, _messages), ("text", pa.string(), _text)],
+    "prompt": [("prompt", MESSAGES, attrgetter("messages"))],
 }
-SCHEMAS: dict[RecordKind, pa.Schema] = {kind: pa.schema([*own, *_ORIGIN]) for kind, own in _OWN.items()}
-REJECTS = pa.schema(
-    [
-        (name, pa.int64() if name == "line" else pa.large_string())
-        for name in ("line", "reason", "field", "detail", "row")
-    ]
-)
+_ORIGIN = [("source", pa.string()), ("line", pa.int64()), ("content_hash", pa.string())]
+SCHEMAS = {kind: pa.schema([*((name, of) for name, of, _ in own), *_ORIGIN]) for kind, own in _OWN.items()}
+_REJECT = ("reason", "field", "detail", "row")
+REJECTS = pa.schema([("line", pa.int64()), *((name, pa.large_string()) for name in _REJECT)])
 
 
 def table_of(
     kind: RecordKind, records: Sequence[Record], lines: Sequence[int], source: str, hashes: Sequence[str]
 ) -> pa.Table:
-    """The records as columns. Built flat: a list of messages for each row would take ten times as long."""
-    origin = [
-        pa.array([source] * len(records), pa.string()),
-        pa.array(lines, pa.int64()),
-        pa.array(hashes, pa.string()),
-    ]
-    return pa.Table.from_arrays([*_columns(kind, records), *origin], schema=SCHEMAS[kind])
+    """The records as columns."""
+    columns: dict[str, Any] = {"source": [source] * len(records), "line": lines, "content_hash": hashes}
+    for name, of, value in _OWN[kind]:
+        values = [value(record) for record in records]
+        columns[name] = _conversations(values) if of is MESSAGES else values
+    return pa.table(columns, schema=SCHEMAS[kind])
 
 
-def rejects_table(rejects: Sequence[tuple[int, Reject, str]]) -> pa.Table:
-    """`rejects`: (line, why, the row whole)."""
-    rows = [(line, reject.reason, reject.field, reject.detail, row) for line, reject, row in rejects]
-    columns = list(zip(*rows, strict=True)) or [()] * len(REJECTS)
-    return pa.Table.from_arrays(
-        [pa.array(column, field.type) for column, field in zip(columns, REJECTS, strict=True)], schema=REJECTS
-    )
-
-
-def _columns(kind: RecordKind, records: Sequence[Record]) -> list["pa.Array[Any]"]:
-    if kind == "comparison":
-        pairs = cast(Sequence[Comparison], records)
-        preferences = [None if pair.preference == 1.0 else pair.preference for pair in pairs]
-        return [
-            _messages([pair.prompt for pair in pairs]),
-            pa.array([pair.chosen for pair in pairs], pa.string()),
-            pa.array([pair.rejected for pair in pairs], pa.string()),
-            pa.array([pair.margin for pair in pairs], pa.float64()),
-            pa.array(preferences, pa.float64()),
-        ]
-    if kind == "verdict":
-        verdicts = cast(Sequence[Verdict], records)
-        return [
-            _messages([verdict.prompt for verdict in verdicts]),
-            pa.array([verdict.response for verdict in verdicts], pa.string()),
-            pa.array([verdict.is_good for verdict in verdicts], pa.bool_()),
-        ]
-    if kind == "prompt":
-        return [_messages([prompt.messages for prompt in cast(Sequence[Prompt], records)])]
-    return [
-        _messages([record.messages if isinstance(record, Demonstration) else None for record in records]),
-        pa.array([record.text if isinstance(record, PlainText) else None for record in records], pa.string()),
-    ]
-
-
-def _messages(conversations: Sequence[Sequence[Message] | None]) -> "pa.Array[Any]":
-    turns = list(chain.from_iterable(conversation or () for conversation in conversations))
+def _conversations(conversations: Sequence[Any]) -> "pa.Array[Any]":
+    """Built flat: a list of messages for each row would take ten times as long."""
+    turns: list[Message] = list(chain.from_iterable(conversation or () for conversation in conversations))
     roles = pa.array([turn.role for turn in turns], pa.string())
     contents = pa.array([turn.content for turn in turns], pa.string())
     offsets = list(accumulate((len(conversation or ()) for conversation in conversations), initial=0))

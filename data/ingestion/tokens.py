@@ -3,17 +3,7 @@
 from functools import cache
 
 from data.ingestion.rules import TokenRule
-from data.records import (
-    Comparison,
-    Demonstration,
-    PlainText,
-    Prompt,
-    Record,
-    Reject,
-    Verdict,
-    messages_of,
-    texts_beside,
-)
+from data.records import Comparison, Demonstration, PlainText, Prompt, Record, Reject, Verdict, parts_of
 from data.tokenization import Codec, encode_comparisons, encode_demonstrations, encode_prompts, encode_verdicts
 
 _BYTES_PER_TURN = 64  # more than any template known writes around a turn
@@ -36,7 +26,7 @@ class TokenGate:
         self._accepted: set[tuple[str, ...]] = set()  # the orders of roles that the template has taken
 
     def reject(self, record: Record) -> Reject | None:
-        roles = tuple(message.role for message in messages_of(record))
+        roles = tuple(message.role for message in parts_of(record)[0])
         if roles in self._accepted and self._fits_surely(record):
             return None
         reject = self._encode(record)
@@ -59,13 +49,14 @@ class TokenGate:
 
     def _fits_surely(self, record: Record) -> bool:
         """No token is shorter than a byte. A text that spells out an end token is looked at in any case."""
-        prompt = "".join([self._codec.system_prompt or "", *(message.content for message in messages_of(record))])
+        messages, texts = parts_of(record)
+        prompt = "".join([self._codec.system_prompt or "", *(message.content for message in messages)])
         match record:
             case Comparison() | Verdict():
-                counted = texts_beside(record)
-            case Demonstration(messages):  # cut from the left, so that the last answer decides
+                counted = list(texts.values())
+            case Demonstration():  # cut from the left, so that the last answer decides
                 counted = [messages[-1].content]
-            case Prompt(messages):
+            case Prompt():
                 counted = [prompt + " " * _BYTES_PER_TURN * (len(messages) + 2)]
             case PlainText():
                 return True  # cut into as many rows as it needs

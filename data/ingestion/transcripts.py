@@ -10,8 +10,12 @@ _HUMAN = "\n\nHuman:"
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
-def is_transcript(value: object) -> bool:
-    return isinstance(value, str) and value.lstrip().startswith("Human:") and _ASSISTANT in value
+def is_pair(row: Row) -> bool:
+    """Of a row with two strings: is it a pair of transcripts, or of answers to the one in `prompt`?"""
+    before = row.get("prompt")
+    if before is None:
+        return _is_transcript(row["chosen"])
+    return _is_transcript(before) and str(before).rstrip().endswith("Assistant:")
 
 
 def hh_rlhf(row: Row) -> list[dict[str, object]]:
@@ -25,6 +29,10 @@ def hh_rlhf(row: Row) -> list[dict[str, object]]:
     if prompt != other_prompt and turns != _turns(other_prompt, "rejected"):
         raise UnfitError("prompts differ", "rejected", shorten(f"…{other_prompt[-70:]}"))
     return [{"prompt": turns, "chosen": chosen, "rejected": rejected}]
+
+
+def _is_transcript(value: object) -> bool:
+    return isinstance(value, str) and value.lstrip().startswith("Human:") and _ASSISTANT in value
 
 
 def _cut(row: Row, field: str) -> tuple[str, str]:

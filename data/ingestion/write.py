@@ -3,10 +3,10 @@
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from heapq import merge
 from pathlib import Path
-from types import TracebackType
 from typing import cast
 
 import numpy as np
@@ -40,9 +40,7 @@ class Tally:
     kept: Counter[str] = field(default_factory=Counter[str])
     splits: Counter[str] = field(default_factory=Counter[str])
     characters: Counter[str] = field(default_factory=Counter[str])  # in all kept rows, by column
-    longer: Counter[str] = field(
-        default_factory=Counter[str]
-    )  # pairs whose longer response is the chosen, the rejected
+    longer: Counter[str] = field(default_factory=Counter[str])  # pairs, by which of the responses is longer
     labels: Counter[str] = field(default_factory=Counter[str])
     first: str = ""  # the first rejected row: where, why
 
@@ -77,7 +75,7 @@ def write_rows(
     """Piece by piece, in order: the kept rows into their split's shards, the others with their reason."""
     tally, start = Tally(), 0
     rejects = pa.CompressedOutputStream(pa.OSFile(str(folder / REJECTS), "wb"), "zstd")
-    with rejects, _Shards(folder, SCHEMAS[kind]) as shards:
+    with rejects, closing(_Shards(folder, SCHEMAS[kind])) as shards:
         for number, (one, before) in enumerate(with_lines_before(sifted), start=1):
             source = one.piece.source.name
             tally.rows_in[source] += one.rows_in
@@ -152,9 +150,7 @@ def _read_again(piece: Piece, among: Sequence[tuple[int, str]]) -> Iterator[dict
 def write_words(folder: Path, tally: Tally, description: dict[str, object]) -> dict[str, object]:
     """account.json, dataset.json and datacard.md; returns the account as it stands in the file."""
     sources = {name: tally.account(name) for name in tally.rejected}
-    whole = Account(0, 0, ())
-    for own in sources.values():
-        whole = whole + own
+    whole = sum(sources.values(), Account(0, 0, ()))
     account = {**_plain(whole), "sources": {name: _plain(own) for name, own in sources.items()}}
     write_json(folder / "account.json", account)
     description = {**description, "splits": {split: tally.splits[split] for split in SPLITS}}
@@ -214,11 +210,6 @@ class _Shards:
         self._writers[split].write_table(table)
         self._bytes[split] += table.nbytes
 
-    def __enter__(self) -> "_Shards":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         for writer in self._writers.values():
             writer.close()

@@ -1,3 +1,4 @@
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,8 +7,7 @@ import pytest
 from align.errors import ArtifactError
 from align.statistics import wilson_interval
 from data.codec import make_codec
-from data.ingestion.counters import Distribution, FrequentPrompt, Histogram, PromptCounter
-from data.ingestion.inspection import Inspection, Share, inspect_dataset
+from data.ingestion.inspection import Distribution, FrequentPrompt, Inspection, Share, inspect_dataset
 from data.tokenization import Codec
 from tests.data.ingestion.datasets import pair, turns, write_dataset
 from tests.data.small_tokenizers import chatml
@@ -62,7 +62,7 @@ def test_the_longer_one_is_preferred_in_two_of_three_pairs_that_differ_and_are_n
 
 def test_prompts_that_differ_in_case_and_space_alone_are_one(folder: Path) -> None:
     prompts = inspect_dataset(write_dataset(folder, "comparison", train=PAIRS), codec=None).prompts
-    assert (prompts.distinct, prompts.undercount) == (4, 0)
+    assert prompts.distinct == 4
     assert prompts.most_frequent == (FrequentPrompt(2, "why  is IT?"),)
 
 
@@ -215,36 +215,9 @@ def test_another_folder_is_no_data_set(folder: Path) -> None:
     assert "a folder without dataset.json" in refused(folder)
 
 
-# ---- counters ----
+# ---- percentiles ----
 
 
 def test_percentiles_are_lengths_that_occur() -> None:
-    histogram = Histogram()
-    for length in range(1, 101):
-        histogram.add(length)
-    assert histogram.distribution() == Distribution(100, 50.5, 50, 95, 99, 100)
-
-
-def test_a_great_length_is_rounded_down_by_little_and_bins_stay_few() -> None:
-    histogram = Histogram()
-    for length in range(10_000_000, 10_002_000):
-        histogram.add(length)
-    found = histogram.distribution()
-    assert found.max == 10_001_999
-    assert found.mean == 10_000_999.5
-    assert 0 <= 10_000_999 - found.p50 < 10_000_999 / 2**15
-    assert len(histogram._bins) <= 2_000 / 128 + 2  # pyright: ignore[reportPrivateUsage] # what bounds the memory
-
-
-def test_frequent_prompts_survive_more_distinct_ones_than_are_held() -> None:
-    counter = PromptCounter(capacity=10)
-    for n in range(1000):
-        counter.add(f"rare {n}", "rare")
-        if n % 4 == 0:
-            counter.add("frequent", "Frequent")
-    found = counter.result()
-    assert found.distinct is None
-    assert 0 < found.undercount <= 1250 / 10
-    assert found.most_frequent[0].excerpt == "Frequent"
-    assert found.most_frequent[0].rows <= 250 <= found.most_frequent[0].rows + found.undercount
-    assert len(counter._counts) < 20  # pyright: ignore[reportPrivateUsage] # what bounds the memory
+    assert Distribution.of(Counter(range(1, 101))) == Distribution(100, 50.5, 50, 95, 99, 100)
+    assert Distribution.of(Counter({4: 1, 9: 1})) == Distribution(2, 6.5, 4, 9, 9, 9)
