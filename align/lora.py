@@ -81,5 +81,6 @@ class _LoRAProduct(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             da_RI = torch.mm(low_g_NR.t(), x_NI).to(a_RI.dtype).mul_(ctx.scale)
         if ctx.needs_input_grad[4]:
-            db_OR = torch.mm(g_NO.t(), low_NR).to(b_OR.dtype).mul_(ctx.scale)
+            # the other way round: with R rows the product runs almost twice as fast as with R columns
+            db_OR = torch.mm(low_NR.t(), g_NO).t().to(b_OR.dtype).mul_(ctx.scale)
         return dx, None, None, da_RI, db_OR, None
