@@ -11,8 +11,11 @@ TITLES = {
     "trl-lora": "TRL, LoRA critic",
     "head": "ours, critic: head",
     "adapter": "ours, critic: adapter",
+    "head-compiled": "ours, critic: head, compiled",
+    "adapter-compiled": "ours, critic: adapter, compiled",
 }
 FLOAT32, BEST = "float32", "best dtype"
+COMPILED = "-compiled"  # with base.compile
 Variant = tuple[str, str]  # system, dtype
 
 
@@ -95,11 +98,15 @@ def dtypes_to_measure(matrix_rates: Mapping[str, float]) -> tuple[str, ...]:
     return (FLOAT32, "bfloat16") if matrix_rates["bfloat16"] > matrix_rates[FLOAT32] else (FLOAT32,)
 
 
-def best_dtype(measured: Mapping[Variant, Measured], system: str) -> str:
-    """The one in which this system is the fastest."""
+def fastest(measured: Mapping[Variant, Measured], system: str, precision: str) -> Variant:
+    """How this system is the fastest: plain or compiled, in float32 or in its best dtype."""
     return max(
-        (dtype for name, dtype in measured if name == system),
-        key=lambda dtype: measured[system, dtype].episodes_per_second,
+        (
+            variant
+            for variant in measured
+            if variant[0] in (system, system + COMPILED) and (precision == BEST or variant[1] == FLOAT32)
+        ),
+        key=lambda variant: measured[variant].episodes_per_second,
     )
 
 
@@ -123,19 +130,17 @@ def _memory(measured: Mapping[Variant, Measured]) -> Iterable[Verdict]:
         yield Verdict(f"memory, {_name(measured, pair)}", ratio, pair.bar, pair.goal, is_held)
 
 
-def _dtypes(measured: Mapping[Variant, Measured], pair: Comparison) -> tuple[str, str]:
-    if pair.precision == FLOAT32:
-        return FLOAT32, FLOAT32
-    return best_dtype(measured, pair.ours), best_dtype(measured, pair.theirs)
+def _variants(measured: Mapping[Variant, Measured], pair: Comparison) -> tuple[Variant, Variant]:
+    return fastest(measured, pair.ours, pair.precision), fastest(measured, pair.theirs, pair.precision)
 
 
 def _sides(measured: Mapping[Variant, Measured], pair: Comparison) -> tuple[Measured, Measured]:
-    ours, theirs = _dtypes(measured, pair)
-    return measured[pair.ours, ours], measured[pair.theirs, theirs]
+    ours, theirs = _variants(measured, pair)
+    return measured[ours], measured[theirs]
 
 
 def _name(measured: Mapping[Variant, Measured], pair: Comparison) -> str:
-    ours, theirs = _dtypes(measured, pair)
-    dtypes = ours if ours == theirs else f"{ours} over {theirs}"
+    ours, theirs = _variants(measured, pair)
+    dtypes = ours[1] if ours[1] == theirs[1] else f"{ours[1]} over {theirs[1]}"
     precision = "" if pair.precision == FLOAT32 else f"{BEST}: "
-    return f"{TITLES[pair.ours]} / {TITLES[pair.theirs]}, {precision}{dtypes}"
+    return f"{TITLES[ours[0]]} / {TITLES[theirs[0]]}, {precision}{dtypes}"

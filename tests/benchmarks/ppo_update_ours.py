@@ -21,6 +21,7 @@ from align.randomness import stage_seed
 from align.tracking import Tracker
 from data.records import Message, Prompt
 from stages.ppo.train import run_ppo
+from tests.benchmarks.ppo_update_bars import COMPILED
 from tests.benchmarks.ppo_update_task import (
     BASE,
     HEAD,
@@ -60,7 +61,12 @@ def _config(task: Task, critic: str) -> PPOConfig:
 def _context(job: Job, folder: Path) -> StageContext:
     base = load_base(
         BaseModelConfig.model_validate(
-            {"model": str(Path(job.prepared) / BASE), "dtype": job.dtype, "device": "cpu"},
+            {
+                "model": str(Path(job.prepared) / BASE),
+                "dtype": job.dtype,
+                "device": "cpu",
+                "compile": job.system.endswith(COMPILED),
+            },
         )
     )
     model = AdaptedModel(base, AdaptersConfig(rank=job.task.rank, alpha=job.task.alpha))
@@ -95,7 +101,7 @@ def main(path: Path) -> None:
     imports_bytes, _ = resident_bytes(os.getpid())
     job, folder = read_job(path)
     task, stage = job.task, folder / "ppo"
-    run_ppo(_config(task, job.system), _inputs(Path(job.prepared)), _context(job, stage))
+    run_ppo(_config(task, job.system.removesuffix(COMPILED)), _inputs(Path(job.prepared)), _context(job, stage))
     lengths = {line["rollout/response_length"] for line in _lines(stage / "metrics.jsonl")}
     if lengths != {task.response_length}:
         raise RuntimeError(f"responses were to be of {task.response_length} tokens, their mean lengths are {lengths}")

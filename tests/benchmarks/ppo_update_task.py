@@ -43,7 +43,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Job:
-    system: str  # trl (as shipped), trl-lora (with a LoRA critic), or which critic of ours: head or adapter
+    system: str  # trl (as shipped), trl-lora (with a LoRA critic), or which critic of ours: head or adapter (-compiled)
     dtype: str
     prepared: str  # the folder that ppo_update_prepare has made
     task: Task = Task()

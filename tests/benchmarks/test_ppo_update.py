@@ -11,7 +11,7 @@ from data.codec import make_codec
 from data.records import Message
 from data.tokenization import encode_prompt
 from tests.benchmarks import ppo_update_ours
-from tests.benchmarks.ppo_update_bars import Measured, Variant, Verdict, best_dtype, dtypes_to_measure, judge
+from tests.benchmarks.ppo_update_bars import Measured, Variant, Verdict, dtypes_to_measure, fastest, judge
 from tests.benchmarks.ppo_update_prepare import make_prompts, make_tokenizer, prepare
 from tests.benchmarks.ppo_update_task import END, Job, Report, Shape, Task, Update, read_report
 
@@ -76,10 +76,20 @@ def test_the_best_dtype_is_each_systems_own() -> None:
         ("head", "bfloat16"): measured(20.0, 300),
         ("trl-lora", "bfloat16"): measured(90.0),  # slower than its float32
     }
-    assert (best_dtype(both, "head"), best_dtype(both, "trl-lora")) == ("bfloat16", "float32")
+    assert fastest(both, "head", "best dtype") == ("head", "bfloat16")
+    assert fastest(both, "trl-lora", "best dtype") == ("trl-lora", "float32")
     verdict = next(v for v in judge(both) if v.bar == 2.5)
     assert verdict.value == pytest.approx(80 / 20)
     assert verdict.name.endswith("bfloat16 over float32")
+
+
+def test_ours_is_judged_compiled_where_that_is_faster_and_the_name_says_so() -> None:
+    both = at_the_bars() | {("head-compiled", "float32"): measured(40.0, 450)}
+    verdict = next(v for v in judge(both) if v.bar == 1.6)
+    assert verdict.value == pytest.approx(80 / 40)
+    assert verdict.name.startswith("episodes/s, ours, critic: head, compiled / TRL, LoRA critic")
+    slower = at_the_bars() | {("head-compiled", "float32"): measured(60.0, 450)}
+    assert next(v for v in judge(slower) if v.bar == 1.6).value == pytest.approx(80 / 50)
 
 
 @pytest.mark.parametrize(("rate", "dtypes"), [(60e9, ("float32",)), (430e9, ("float32", "bfloat16"))])
