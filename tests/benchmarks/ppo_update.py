@@ -1,14 +1,14 @@
 """A PPO update of ours against one of TRL 1.12.0's: episodes a second and peak memory, SmolLM2-135M's shape.
 
 Four systems: TRL as shipped and TRL with a LoRA critic (peer/update.py says how they are set), ours with the critic as
-a head and with an adapter of its own. Each runs in a process of its own, alone, with all cores as torch's threads, for
-three updates of 16 episodes, of which the first does not count. They take turns, so that a machine that drifts does so
-for all of them; seconds are medians over all turns, memory is the most of them. Peak memory is also given less what is
-resident once everything is imported and nothing loaded.
+a head and with an adapter of its own, each plain and with base.compile (compiling falls into the update that does not
+count; bars are judged on the faster). Each runs in a process of its own, alone, with all cores as torch's threads, for
+three updates of 16 episodes, of which the first does not count; seconds are medians. Peak memory is also given less
+what is resident once everything is imported and nothing loaded. It takes some 25 minutes; a machine that other work
+shares gives other ratios.
 
-In float32; and in bfloat16, too, where the machine's matrix product is faster in it (then in one turn instead of two,
-so that it all ends within the same time). The best dtype of each system is the one in which it is the fastest. Ours runs
-plain and with base.compile (compiling falls into the update that does not count); bars are judged on the faster.
+In float32; and in bfloat16, too, where the machine's matrix product is faster in it. The best dtype of each system is
+the one in which it is the fastest.
 """
 
 import json
@@ -30,7 +30,6 @@ from tests.benchmarks.ppo_update_bars import TITLES, Measured, Variant, Verdict,
 from tests.benchmarks.ppo_update_task import Job, Report, Shape, Task, read_report
 
 SYSTEMS = ("trl-lora", "head-compiled", "head", "adapter-compiled", "adapter", "trl")
-RUNS = 2  # of each system
 CORES = os.cpu_count() or 1
 RESULTS = Path(__file__).parent / "results" / "ppo-update.json"
 
@@ -69,18 +68,17 @@ def run(root: Path) -> int:
 def _reports(folder: Path, prepared: Path, dtypes: tuple[str, ...]) -> dict[Variant, list[Report]]:
     peer = install_peer()
     reports: dict[Variant, list[Report]] = {}
-    for turn in range(RUNS // len(dtypes)):
-        for dtype in dtypes:
-            for system in SYSTEMS:
-                print(f"turn {turn + 1}: {TITLES[system]}, {dtype} ...", file=sys.stderr, flush=True)
-                job = asdict(Job(system, dtype, str(prepared)))
-                own = folder / f"{system}-{dtype}-{turn}"
-                if system.startswith("trl"):
-                    process = start("tests.benchmarks.peer.update", job, own, peer=peer, threads=CORES)
-                else:
-                    process = start("tests.benchmarks.ppo_update_ours", job, own, threads=CORES)
-                finish(process, own)
-                reports.setdefault((system, dtype), []).append(read_report(own))
+    for dtype in dtypes:
+        for system in SYSTEMS:
+            print(f"{TITLES[system]}, {dtype} ...", file=sys.stderr, flush=True)
+            job = asdict(Job(system, dtype, str(prepared)))
+            own = folder / f"{system}-{dtype}"
+            if system.startswith("trl"):
+                process = start("tests.benchmarks.peer.update", job, own, peer=peer, threads=CORES)
+            else:
+                process = start("tests.benchmarks.ppo_update_ours", job, own, threads=CORES)
+            finish(process, own)
+            reports[system, dtype] = [read_report(own)]
     return reports
 
 
