@@ -36,6 +36,7 @@ bars: venv ## every benchmark, held against its bars (some three hours; each alo
 	$(BIN)/python -m tests.benchmarks trl-parity
 	$(BIN)/python -m tests.benchmarks defaults
 	$(BIN)/python -m tests.benchmarks ensemble-cost
+	$(BIN)/python -m tests.benchmarks forecast
 	$(BIN)/python -m tests.benchmarks ingestion
 	$(BIN)/python -m tests.benchmarks learning-parity
 	$(BIN)/python -m tests.benchmarks overoptimisation

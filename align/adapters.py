@@ -37,7 +37,7 @@ class AdaptedModel:
 
     def __init__(self, base: Base, adapters: AdaptersConfig) -> None:
         self.base = base
-        self._lora = _lora_config(base.model, adapters)
+        self._lora = lora_config(base.model, adapters)
         self._peft: PeftModel | None = None
         self._role: tuple[str, bool] = (RAW_BASE, False)
         self._decoder = DecoderLayers(self.trunk, is_compiled=False)
@@ -260,7 +260,7 @@ def _checksum(tensors: "dict[str, nn.Parameter] | dict[str, Tensor]") -> str:
     return digest.hexdigest()
 
 
-def _lora_config(model: nn.Module, adapters: AdaptersConfig) -> LoraConfig:
+def lora_config(model: nn.Module, adapters: AdaptersConfig) -> LoraConfig:
     names, num_layers = _linear_layers(model)
     chosen = names
     if isinstance(adapters.targets, tuple):

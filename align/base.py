@@ -1,7 +1,8 @@
 """The base model: found, identified, loaded once, never changed.
 
 `resolve_base` (no torch) finds the source files and their identity; `load_base` loads them, `load_codec` the tokenizer
-alone. The embedded model and the tiny random ones are built once into a cache (`align.embedded`, `align.tiny`).
+alone, `load_model_config` the configuration alone. The embedded model and the tiny random ones are built once into a
+cache (`align.embedded`, `align.tiny`).
 """
 
 import logging
@@ -18,8 +19,9 @@ from data.tokenization import Codec
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+_CONFIG_FILES = ("config.json", "*.py")
 _TOKENIZER_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "*.py")
 _MODEL_FILES = (*_TOKENIZER_FILES, "*.safetensors")
 _loads = 0  # how often this process has loaded a base: a run must show 1 (summary.json: base.loads)
@@ -130,8 +132,8 @@ def load_base(config: BaseModelConfig) -> Base:
         folder = convert_embedded(resolved.folder, resolved.identity)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ModelError("base.device: cuda was asked for, and torch sees no CUDA device; use auto or cpu")
-    device = torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
-    dtype = _native_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
+    device = find_device(config)
+    dtype = native_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     if config.trust_remote_code:
         logging.getLogger(__name__).warning(
             "base.trust_remote_code is on: Python code that comes with %s runs on this machine", config.model
@@ -144,7 +146,13 @@ def load_base(config: BaseModelConfig) -> Base:
     return Base(resolved, model, tokenizer, eos_ids, device, dtype, config.compile)
 
 
-def _native_dtype(device: "torch.device") -> "torch.dtype":
+def find_device(config: BaseModelConfig) -> "torch.device":
+    import torch
+
+    return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def native_dtype(device: "torch.device") -> "torch.dtype":
     """bfloat16 where products in it are the faster ones: a CPU that only emulates it takes five times as long."""
     import torch
 
@@ -181,6 +189,28 @@ def load_codec(config: BaseModelConfig, *, system_prompt: str | None) -> Codec:
         raise _unloadable(config, folder, error) from error
     eos_ids = _eos_ids(*(each.eos_token_id for each in configs), tokenizer.eos_token_id)
     return make_codec(tokenizer, eos_ids=eos_ids, system_prompt=system_prompt)
+
+
+def load_model_config(config: BaseModelConfig) -> "PreTrainedConfig":
+    """The base's own configuration alone: no weights need be there, and of a hub id none are downloaded.
+
+    Raises:
+        ModelError: not found, or not a model of transformers.
+    """
+    from transformers import AutoConfig
+
+    options: dict[str, str] = {}
+    if config.model == "embedded":
+        from align.embedded import find_embedded
+
+        gguf, _ = find_embedded()
+        folder, options = gguf.parent, {"gguf_file": gguf.name}
+    else:
+        folder = _find_folder(config, _CONFIG_FILES)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _unloadable(config, folder, error) from error
 
 
 def _load_whole(

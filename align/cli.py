@@ -7,14 +7,12 @@ from collections.abc import Generator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from align.errors import AlignError, ConfigError, StoppedError, UsageError
-
-if TYPE_CHECKING:
-    from align.context import StageContext, StageResult
+from align.steps import STEPS
 
 app = typer.Typer(
     add_completion=False,
@@ -89,7 +87,7 @@ def run(
         with redirect_stdout(sys.stderr if as_json else sys.stdout):
             summary = run_pipeline(
                 loaded,
-                stages={"sft": _sft, "reward": _reward, "ppo": _ppo, "evaluation": _evaluation},
+                stages=STEPS,
                 display=make_display(is_quiet=quiet),
                 command=shlex.join(["align", "run", str(config), *(overrides or [])]),
                 stage=stage,
@@ -122,6 +120,27 @@ def check(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = Fal
             print_view(check_view(rows))
         if wrong:
             raise ConfigError("\n".join(wrong))
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Data-parallel: each holds the base.")] = 1,
+    gpu_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Of each, say 24GB: does it fit, and if not, what to change.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Forecast memory and work from the base's configuration alone: no weights are loaded."""
+    with _one_message():
+        _ours_only()
+        from align import settings
+        from align.plan.view import print_plan
+
+        loaded = settings.load(config, overrides or [])
+        if not print_plan(loaded, gpus=gpus, gpu_memory=gpu_memory, as_json=as_json):
+            raise typer.Exit(1)
 
 
 @app.command()
@@ -252,33 +271,6 @@ def ingest(
         else:
             print_view(view)
             print(f"data set: {to}")
-
-
-# The stages, imported where they run: in the worker. The driver itself never loads torch.
-
-
-def _sft(config: Any, inputs: Any, context: "StageContext") -> "StageResult":
-    from stages.sft.train import run_sft
-
-    return run_sft(config, inputs, context)
-
-
-def _reward(config: Any, inputs: Any, context: "StageContext") -> "StageResult":
-    from stages.reward.train import run_reward
-
-    return run_reward(config, inputs, context)
-
-
-def _ppo(config: Any, inputs: Any, context: "StageContext") -> "StageResult":
-    from stages.ppo.train import run_ppo
-
-    return run_ppo(config, inputs, context)
-
-
-def _evaluation(config: Any, inputs: Any, context: "StageContext") -> "StageResult":
-    from align.evaluation.run import run_evaluation
-
-    return run_evaluation(config, inputs, context)
 
 
 def main() -> None:

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Generator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -17,6 +17,7 @@ from align.installation import import_root, verify_current_folder
 from align.intake import StageData, parts_of_step, read_stage_data
 from align.messages import MessageReader
 from align.pipeline import Decision, Fingerprint, StepName, decide, fingerprint, refuse_unfinished, stale, steps_to_do
+from align.plan.forecast import forecast
 from align.settings import dump
 from align.sources import source_identities
 from align.status import Status, occupied, read_status, write_end
@@ -90,7 +91,7 @@ def run_pipeline(
                     begin(run / step, prepared.fingerprint, keep=decision.kind == "resume")
                     watch.start()
                     outcome = cluster.run(stage_call(step, stages[step], config, prepared, run, decision))
-                    write_finished(run / step, finish(outcome, prepared))
+                    write_finished(run / step, finish(step, outcome, prepared, config))
                     journal.count(outcome)
                 journal.record()
         return journal.summary
@@ -139,12 +140,15 @@ def stage_call(
     )
 
 
-def finish(outcome: Outcome, prepared: Prepared) -> FinishedStep:
-    result = outcome.result
+def finish(step: StepName, outcome: Outcome, prepared: Prepared, config: Config) -> FinishedStep:
+    result, vitals = outcome.result, outcome.vitals
+    if outcome.shape is not None:
+        plan = forecast(config, outcome.shape, on_gpu=vitals.peak_device_memory_bytes is not None)
+        vitals = replace(vitals, forecast_bytes=plan.peak(step))
     accounts: dict[str, object] = {key: asdict(account) for key, account in prepared.data.accounts.items()}
     if result.account is not None:
         accounts["stage"] = asdict(result.account)
-    return FinishedStep(prepared.fingerprint, result.artifacts, result.metrics, accounts, outcome.vitals)
+    return FinishedStep(prepared.fingerprint, result.artifacts, result.metrics, accounts, vitals)
 
 
 def warn_of_stale(config: Config, first: StepName, *, run: Path, base_identity: str, display: Display) -> None:

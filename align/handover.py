@@ -36,10 +36,18 @@ class Vitals:
     """What a step cost, and what became of the base."""
 
     seconds: float
-    peak_rss_bytes: int  # of the worker's process so far
+    peak_rss_bytes: int  # of the worker's process in this step, and in loading before its first
     peak_device_memory_bytes: int | None
     base_loads: int
     base_unchanged: bool
+    imports_rss_bytes: int = 0  # of the process before it loaded the base
+    forecast_bytes: int | None = None  # of the device's memory; on a CPU above the imports
+
+    @property
+    def peak_bytes(self) -> int:
+        """What the forecast is of."""
+        device_bytes = self.peak_device_memory_bytes
+        return self.peak_rss_bytes - self.imports_rss_bytes if device_bytes is None else device_bytes
 
 
 @dataclass(frozen=True)

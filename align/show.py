@@ -134,7 +134,16 @@ def summary_view(summary: Section) -> RenderableType:
     total = clock(_number(seconds, "install_excluded_total"))
     memory = _number(summary, "peak_rss_bytes") / 2**30
     parts.append(Text(f"time {total} ({spent or 'no stage'}), peak memory of the worker {memory:.2f} GiB", "dim"))
+    forecasts = [f"{name} {_forecast(stage)}" for name, stage in _section(summary, "memory").items()]
+    if forecasts:
+        what = "memory" if "peak_device_memory_bytes" in summary else "memory above the imports"
+        parts.append(Text(f"{what}, GiB, forecast / measured peak: {', '.join(forecasts)}", "dim"))
     return Group(*parts)
+
+
+def _forecast(stage: object) -> str:
+    forecast, peak = (_number(cast(Section, stage), f"{name}_bytes") / 2**30 for name in ("forecast", "peak"))
+    return f"{forecast:.2f} / {peak:.2f}"
 
 
 def _stages_table(sft: Section, reward: Section) -> Table:

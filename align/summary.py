@@ -33,6 +33,11 @@ def summarize(
     device_bytes = [v.peak_device_memory_bytes for v in vitals if v.peak_device_memory_bytes is not None]
     if device_bytes:
         summary["peak_device_memory_bytes"] = max(device_bytes)
+    summary["memory"] = {
+        _SECTIONS[name]: {"forecast_bytes": step.vitals.forecast_bytes, "peak_bytes": step.vitals.peak_bytes}
+        for name, step in finished.items()
+        if step.vitals.forecast_bytes is not None
+    }
     for name, step in finished.items():
         summary[_SECTIONS[name]] = dict(step.metrics)
         seconds[_SECTIONS[name]] = step.vitals.seconds

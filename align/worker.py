@@ -7,12 +7,13 @@ import os
 import resource
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.config import AdaptersConfig, BaseModelConfig
-from align.errors import InvariantError
+from align.errors import InvariantError, ModelError
 from align.installation import verify_worker
 from align.messages import write_messages
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from align.adapters import AdaptedModel
     from align.context import StageContext, StageResult
     from align.handover import Vitals
+    from align.plan.shape import ModelShape
 
 # A stage: (its section of the config, its inputs, the context) -> StageResult
 StageFunction = Callable[[Any, Any, "StageContext"], "StageResult"]
@@ -46,6 +48,7 @@ class Outcome:
     result: "StageResult"
     vitals: "Vitals"
     resumed_seconds: float = 0.0  # of a stopped command's work that was kept; part of vitals.seconds, too
+    shape: "ModelShape | None" = None  # of the base, for the forecast; None where it cannot be read
 
 
 class Worker:
@@ -61,6 +64,8 @@ class Worker:
         self._cpus = cpus
         self._model: AdaptedModel | None = None
         self._checksum = ""
+        self._shape: ModelShape | None = None
+        self._imports_rss_bytes = 0
 
     def load(self) -> str:
         """Load the base, once. Returns its identity. Not part of __init__, whose errors Ray hides in a string."""
@@ -73,6 +78,8 @@ class Worker:
         from align.base import load_base
 
         torch.set_num_threads(self._cpus)
+        self._shape = _shape(self._base_config, self._adapters_config)
+        self._imports_rss_bytes = _rss_bytes()
         self._model = AdaptedModel(load_base(self._base_config), self._adapters_config)
         self._checksum = self._model.base_checksum()
         return self._model.base_identity
@@ -109,23 +116,45 @@ class Worker:
                 "Nothing of this stage is kept; please report it with the config."
             )
         seconds = time.perf_counter() - started + tracker.resumed_seconds
-        return Outcome(result, _vitals(seconds), tracker.resumed_seconds)
+        vitals = _vitals(seconds, self._imports_rss_bytes)
+        return Outcome(result, vitals, tracker.resumed_seconds, self._shape)
 
 
-def _vitals(seconds: float) -> "Vitals":
+def _shape(base: BaseModelConfig, adapters: AdaptersConfig) -> "ModelShape | None":
+    from align.plan.meta import read_shape
+
+    try:
+        return read_shape(base, adapters)
+    except ModelError:  # a base that cannot be forecast may still run
+        return None
+
+
+def _rss_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _vitals(seconds: float, imports_rss_bytes: int) -> "Vitals":
+    """Since the step before ended: then the peaks begin anew."""
     import torch
 
     from align.base import load_count
     from align.handover import Vitals
 
-    device_bytes = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    return Vitals(
+    device_bytes = None
+    if torch.cuda.is_available():
+        device_bytes = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    vitals = Vitals(
         seconds=seconds,
         peak_rss_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,  # Linux counts in KiB
         peak_device_memory_bytes=device_bytes,
         base_loads=load_count(),
         base_unchanged=True,  # or `run` has raised
+        imports_rss_bytes=imports_rss_bytes,
     )
+    with suppress(OSError):  # where the kernel does not let us, the next step's peak is the largest so far
+        Path("/proc/self/clear_refs").write_text("5")
+    return vitals
 
 
 def _quiet_libraries() -> None:

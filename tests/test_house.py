@@ -29,6 +29,8 @@ LIGHT_MODULES = [
     "align.inspect_view",
     "align.cli",
     "align.pipeline",
+    "align.plan.fit",
+    "align.plan.forecast",
     "data.records",
     "data.sources",
     "data.formats",

@@ -93,6 +93,16 @@ def test_a_run_goes_through_all_steps_on_one_loaded_base(finished: tuple[Path, d
     assert json.loads((run_of(folder) / "summary.json").read_text()) == summary
 
 
+def test_a_run_says_of_each_step_what_memory_was_forecast_and_what_was_measured(
+    finished: tuple[Path, dict[str, Any], Recorder],
+) -> None:
+    _, summary, _ = finished
+    assert set(summary["memory"]) == {"sft", "reward", "ppo", "eval"}
+    for section in summary["memory"].values():
+        assert section["forecast_bytes"] > 2**20
+        assert 0 < section["peak_bytes"] < summary["peak_rss_bytes"]  # less the imports
+
+
 def test_a_run_writes_its_config_lineage_and_rejects(finished: tuple[Path, dict[str, Any], Recorder]) -> None:
     folder, _, display = finished
     assert settings.load(run_of(folder) / "config.yaml").ppo.updates == 4

@@ -10,6 +10,7 @@ from pathlib import Path
 BENCHMARKS = (
     "defaults",
     "ensemble-cost",
+    "forecast",
     "ingestion",
     "learning-parity",
     "overoptimisation",

@@ -1,0 +1,31 @@
+"""A shape small enough to count by hand."""
+
+from align.plan.shape import AdaptedLinear, ModelShape
+
+# One layer: q 8 → 8, k and v 8 → 4, o 8 → 8; gate and up 8 → 16, down 16 → 8.
+_LAYER = (
+    AdaptedLinear(8, 8, shares_input=False),
+    AdaptedLinear(8, 4, shares_input=True),
+    AdaptedLinear(8, 4, shares_input=True),
+    AdaptedLinear(8, 8, shares_input=False),
+    AdaptedLinear(8, 16, shares_input=False),
+    AdaptedLinear(8, 16, shares_input=True),
+    AdaptedLinear(16, 8, shares_input=False),
+)
+SMALL = ModelShape(
+    num_layers=2,
+    num_frozen_layers=0,
+    hidden_size=8,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    mlp_width=16,
+    is_gated=True,
+    vocabulary=32,
+    # 2 · (64 + 32 + 32 + 64 + 3 · 128) products, embeddings 32 · 8 (tied), norms (2 · 2 + 1) · 8
+    num_parameters=1152 + 256 + 40,
+    num_matmul_parameters=1152,
+    stored_bytes=2,
+    auto_bytes=2,
+    adapted=2 * _LAYER,
+)

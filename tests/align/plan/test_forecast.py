@@ -1,0 +1,132 @@
+from typing import Any
+
+import pytest
+
+from align.config import Config
+from align.plan import flops, memory
+from align.plan.flops import Rows
+from align.plan.forecast import Phase, forecast
+from tests.align.plan.shapes import SMALL
+
+ADAPTER, HEAD, BASE = 512 * 4, (8 + 1) * 4, 1448 * 2  # rank 2, bfloat16 base
+
+
+def config(*, stages: tuple[str, ...] = ("sft", "reward", "ppo"), **sections: Any) -> Config:
+    data = {stage: {"train": "rows.jsonl"} for stage in stages}
+    sections.setdefault("ppo", {})
+    rollout = {"episodes": 16, "max_prompt_length": 6, "max_response_length": 4, "batch_size": 8}
+    loss = {"epochs": 3, "minibatches": 2, "micro_batch_size": 2}
+    ppo = {"rollout": rollout, "loss": loss, **sections.pop("ppo")}
+    return Config.model_validate(
+        {
+            "run": {"name": "plan", "stages": stages},
+            "base": {"model": "owner/name", "dtype": "bfloat16"},
+            "adapters": {"rank": 2},
+            "data": data,
+            "ppo": ppo,
+            **sections,
+        }
+    )
+
+
+def phase(of: Config, stage: str, name: str, **options: Any) -> Phase:
+    plan = forecast(of, SMALL, on_gpu=True, **options)
+    return next(each for each in plan.phases if (each.stage, each.name) == (stage, name))
+
+
+def test_model_state_is_counted_to_the_byte() -> None:
+    learn = phase(config(), "ppo", "learn").bytes
+    assert learn.weights == BASE
+    assert learn.adapters == 3 * ADAPTER + 2 * HEAD  # sft, reward and its head, policy and the critic's head
+    assert learn.gradients == ADAPTER + HEAD
+    assert learn.optimizer == 2 * (ADAPTER + HEAD)
+
+
+def test_a_critic_on_an_adapter_of_its_own_is_trained_too() -> None:
+    learn = phase(config(ppo={"critic": {"kind": "adapter"}}), "ppo", "learn").bytes
+    assert learn.adapters == 4 * ADAPTER + 2 * HEAD
+    assert learn.optimizer == 2 * (2 * ADAPTER + HEAD)
+
+
+def test_without_a_critic_there_is_no_value_head() -> None:
+    rollout = {"episodes": 16, "responses_per_prompt": 2}
+    loss = {"minibatches": 2, "micro_batch_size": 2}
+    of = config(ppo={"advantage": {"estimator": "rloo"}, "rollout": rollout, "loss": loss})
+    assert phase(of, "ppo", "learn").bytes.gradients == ADAPTER
+
+
+def test_every_member_of_an_ensemble_is_there_in_its_stage_and_in_ppo() -> None:
+    of = config(reward={"ensemble": 3})
+    assert phase(of, "ppo", "generate").bytes.adapters == (2 + 3) * ADAPTER + (3 + 1) * HEAD
+    training = phase(of, "reward", "train").bytes
+    assert training.adapters == ADAPTER + 3 * (ADAPTER + HEAD)
+    assert training.gradients == ADAPTER + HEAD  # one member at a time
+
+
+def test_roles_add_up_to_what_is_resident() -> None:
+    plan = forecast(config(), SMALL, on_gpu=True)
+    learn = next(each.bytes for each in plan.phases if each.name == "learn")
+    assert plan.resident == learn.weights + learn.adapters
+    assert sum(role.training for role in plan.roles) == learn.gradients + learn.optimizer
+    assert [role.name.split(":")[0].split(",")[0] for role in plan.roles] == [
+        "base", "reference", "policy", "reward", "value",
+    ]  # fmt: skip
+
+
+def test_the_cache_is_of_the_slots_and_twice_the_responses_if_slots_are_refilled() -> None:
+    refilled = memory.cache_bytes(SMALL, slots=8, columns=6 + 2 * 4, dtype_bytes=2)
+    assert phase(config(), "ppo", "generate").bytes.cache == refilled
+    at_once = memory.cache_bytes(SMALL, slots=4, columns=6 + 4, dtype_bytes=2)
+    assert phase(config(), "ppo", "generate", gpus=4).bytes.cache == at_once
+
+
+def test_work_follows_the_phases_of_an_update() -> None:
+    rows = Rows(16, 10)
+    once, back = flops.forward(SMALL, rows, rank=2), flops.backward(SMALL, rows, rank=2)
+    head = flops.lm_head(SMALL, 16 * 4)
+    assert phase(config(), "ppo", "score").flops == 3 * once + 2 * head  # policy, reference, reward
+    assert phase(config(), "ppo", "learn").flops == 3 * (once + back + 2 * head)
+    critic = config(ppo={"critic": {"kind": "adapter"}})
+    assert phase(critic, "ppo", "learn").flops == 3 * (2 * (once + back) + 2 * head)
+    prefill = flops.forward(SMALL, Rows(16, 6), rank=2)
+    decoded = flops.decode(SMALL, rank=2, sequences=16, prompt=6, response=4)
+    assert phase(config(), "ppo", "generate").flops == prefill + decoded + head
+
+
+def test_devices_share_rows_and_not_the_base() -> None:
+    alone, shared = phase(config(), "ppo", "learn"), phase(config(), "ppo", "learn", gpus=4)
+    assert shared.bytes == alone.bytes
+    assert shared.flops == alone.flops / 4
+
+
+def test_pairs_are_two_sequences_and_checkpointing_keeps_less_and_computes_more() -> None:
+    pairs, verdicts = config(), config(reward={"objective": {"kind": "unpaired"}})
+    assert phase(pairs, "reward", "train").flops == 2 * phase(verdicts, "reward", "train").flops
+    checkpointed = config(reward={"gradient_checkpointing": True})
+    before, after = phase(pairs, "reward", "train"), phase(checkpointed, "reward", "train")
+    assert after.bytes.activations < before.bytes.activations
+    assert after.flops > before.flops
+
+
+def test_long_texts_beside_ppo_count_where_they_are_longer_than_episodes() -> None:
+    of = config()
+    loss = of.ppo.loss.model_copy(update={"ptx_coefficient": 1.0, "ptx_max_length": 100})
+    with_texts = of.model_copy(update={"ppo": of.ppo.model_copy(update={"loss": loss})})
+    assert phase(with_texts, "ppo", "learn").bytes.activations == 10 * phase(of, "ppo", "learn").bytes.activations
+
+
+def test_on_a_cpu_loading_holds_the_files_too_if_their_dtype_is_another() -> None:
+    plan = forecast(config(base={"model": "owner/name", "dtype": "float32"}), SMALL, on_gpu=False)
+    assert plan.phases[0].stage == "load"
+    assert plan.phases[0].bytes.weights == 1448 * (4 + 2)
+    same = forecast(config(), SMALL, on_gpu=False)
+    assert same.phases[0].bytes.weights == BASE
+    assert same.peak("evaluation") >= same.phases[0].bytes.total
+
+
+@pytest.mark.parametrize(
+    ("stage", "phases"), [("sft", ["sft"]), ("reward", ["reward"]), ("ppo", ["ppo", "evaluation"])]
+)
+def test_a_stage_that_does_not_run_has_no_phase(stage: str, phases: list[str]) -> None:
+    plan = forecast(config(stages=(stage,), reward={"adapter": "adapter"}), SMALL, on_gpu=True)
+    assert list(dict.fromkeys(each.stage for each in plan.phases)) == phases
