@@ -16,14 +16,13 @@ from peft import LoraConfig, LoraModel, PeftModel, get_peft_model_state_dict, se
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from align.base import Base
 from align.config import AdaptersConfig
-from align.errors import ArtifactError, ConfigError, InvariantError, ModelError
+from align.errors import ArtifactError, InvariantError, ModelError
 from align.layers import DecoderLayers
 from align.logprobs import LMHead
-from align.lora import LoRALinear, use_lora_product
+from align.lora import LoRALinear, lora_config, use_lora_product
 from align.randomness import stage_seed
 
 RAW_BASE = "base"  # the role with every adapter off: never the reference (that is the frozen sft adapter)
@@ -258,49 +257,6 @@ def _checksum(tensors: "dict[str, nn.Parameter] | dict[str, Tensor]") -> str:
         digest.update(key.encode())
         digest.update(tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def lora_config(model: nn.Module, adapters: AdaptersConfig) -> LoraConfig:
-    names, num_layers = _linear_layers(model)
-    chosen = names
-    if isinstance(adapters.targets, tuple):
-        chosen = sorted(n for n in names if n in adapters.targets or n.split(".")[-1] in adapters.targets)
-        unknown = [t for t in adapters.targets if not any(t in (n, n.split(".")[-1]) for n in names)]
-        if unknown:
-            raise ConfigError(f"adapters.targets: {unknown[0]!r} is no linear layer of this base; it has {names}")
-    elif adapters.targets != "all-linear":
-        chosen = [n for n in names if ("attn" in n or "attention" in n) == (adapters.targets == "attention")]
-    if not chosen:
-        raise ConfigError(f"adapters.targets: {adapters.targets} fits no linear layer of this base; it has {names}")
-    layers = None
-    if adapters.layers != "all":
-        if adapters.layers > num_layers:
-            raise ConfigError(f"adapters.layers: {adapters.layers}, but this base has {num_layers} decoder layers")
-        layers = list(range(num_layers - adapters.layers, num_layers))
-    return LoraConfig(
-        r=adapters.rank,
-        lora_alpha=adapters.alpha,  # type: ignore[arg-type]
-        lora_dropout=adapters.dropout,
-        target_modules=sorted(chosen),
-        layers_to_transform=layers,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        task_type="CAUSAL_LM",
-    )
-
-
-def _linear_layers(model: nn.Module) -> tuple[list[str], int]:
-    """The linear layers inside a decoder layer by their last two names ("self_attn.q_proj"), and how many layers."""
-    names: set[str] = set()
-    numbers: set[int] = set()
-    for path, module in model.named_modules():
-        parts = path.split(".")
-        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        if at is not None and isinstance(module, nn.Linear | Conv1D):
-            names.add(".".join(parts[at + 1 :][-2:]))
-            numbers.add(int(parts[at]))
-    if not names:
-        raise ModelError("base.model: no linear layers inside numbered decoder layers were found; LoRA has no place")
-    return sorted(names), max(numbers) + 1
 
 
 @torch.no_grad()

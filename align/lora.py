@@ -1,4 +1,4 @@
-"""The LoRA product, y = x Wᵀ + b + s (x Aᵀ) Bᵀ, as one step of autograd.
+"""LoRA: which layers carry it, and its product, y = x Wᵀ + b + s (x Aᵀ) Bᵀ, as one step of autograd.
 
 PEFT computes it from separate layers: the low-rank result, its scaled copy and the sum each pass over the activations
 once more, forwards and backwards, and under a bfloat16 base the input is copied into the adapter's float32. Here the
@@ -9,10 +9,14 @@ q, k and v share) and the rank-r x Aᵀ. A and B, and their gradients, stay floa
 from typing import Any, cast
 
 import torch
+from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
+
+from align.config import AdaptersConfig
+from align.errors import ConfigError, ModelError
 
 
 class LoRALinear(PeftLinear):
@@ -43,6 +47,49 @@ def use_lora_product(model: nn.Module) -> list[LoRALinear]:
         if type(module) is PeftLinear:
             module.__class__ = LoRALinear
     return [module for module in model.modules() if isinstance(module, LoRALinear)]
+
+
+def lora_config(model: nn.Module, adapters: AdaptersConfig) -> LoraConfig:
+    names, num_layers = _linear_layers(model)
+    chosen = names
+    if isinstance(adapters.targets, tuple):
+        chosen = sorted(n for n in names if n in adapters.targets or n.split(".")[-1] in adapters.targets)
+        unknown = [t for t in adapters.targets if not any(t in (n, n.split(".")[-1]) for n in names)]
+        if unknown:
+            raise ConfigError(f"adapters.targets: {unknown[0]!r} is no linear layer of this base; it has {names}")
+    elif adapters.targets != "all-linear":
+        chosen = [n for n in names if ("attn" in n or "attention" in n) == (adapters.targets == "attention")]
+    if not chosen:
+        raise ConfigError(f"adapters.targets: {adapters.targets} fits no linear layer of this base; it has {names}")
+    layers = None
+    if adapters.layers != "all":
+        if adapters.layers > num_layers:
+            raise ConfigError(f"adapters.layers: {adapters.layers}, but this base has {num_layers} decoder layers")
+        layers = list(range(num_layers - adapters.layers, num_layers))
+    return LoraConfig(
+        r=adapters.rank,
+        lora_alpha=adapters.alpha,  # type: ignore[arg-type]
+        lora_dropout=adapters.dropout,
+        target_modules=sorted(chosen),
+        layers_to_transform=layers,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _linear_layers(model: nn.Module) -> tuple[list[str], int]:
+    """The linear layers inside a decoder layer by their last two names ("self_attn.q_proj"), and how many layers."""
+    names: set[str] = set()
+    numbers: set[int] = set()
+    for path, module in model.named_modules():
+        parts = path.split(".")
+        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if at is not None and isinstance(module, nn.Linear | Conv1D):
+            names.add(".".join(parts[at + 1 :][-2:]))
+            numbers.add(int(parts[at]))
+    if not names:
+        raise ModelError("base.model: no linear layers inside numbered decoder layers were found; LoRA has no place")
+    return sorted(names), max(numbers) + 1
 
 
 def _product(

@@ -24,6 +24,7 @@ def summarize(
         "base": {
             "model": config.base.model,
             "identity": base_identity,
+            "dtype": next((v.base_dtype for v in vitals), None),  # what base.dtype came to
             "loads": max((v.base_loads for v in vitals), default=0),
             "unchanged": all(v.base_unchanged for v in vitals),
         },

@@ -116,7 +116,8 @@ class Worker:
                 "Nothing of this stage is kept; please report it with the config."
             )
         seconds = time.perf_counter() - started + tracker.resumed_seconds
-        vitals = _vitals(seconds, self._imports_rss_bytes)
+        dtype = str(model.base.dtype).removeprefix("torch.")
+        vitals = _vitals(seconds, dtype, self._imports_rss_bytes)
         return Outcome(result, vitals, tracker.resumed_seconds, self._shape)
 
 
@@ -133,7 +134,7 @@ def _rss_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _vitals(seconds: float, imports_rss_bytes: int) -> "Vitals":
+def _vitals(seconds: float, base_dtype: str, imports_rss_bytes: int) -> "Vitals":
     """Since the step before ended: then the peaks begin anew."""
     import torch
 
@@ -150,6 +151,7 @@ def _vitals(seconds: float, imports_rss_bytes: int) -> "Vitals":
         peak_device_memory_bytes=device_bytes,
         base_loads=load_count(),
         base_unchanged=True,  # or `run` has raised
+        base_dtype=base_dtype,
         imports_rss_bytes=imports_rss_bytes,
     )
     with suppress(OSError):  # where the kernel does not let us, the next step's peak is the largest so far

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from align.adapters import lora_config
 from align.base import find_device, load_model_config, native_dtype
 from align.config import AdaptersConfig, BaseModelConfig
 from align.errors import ModelError
+from align.lora import lora_config
 from align.plan.shape import AdaptedLinear, ModelShape
 
 
