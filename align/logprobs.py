@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import linear
 
 from align.errors import InvariantError
+from align.products import frozen_product
 
 ROWS = 1024  # tokens walked at a time
 TILE = 2048  # vocabulary entries: 8 MB of float32 logits, which stay in the cache between the two products
@@ -37,7 +37,8 @@ class LMHead:
     def logits(self, hidden: Tensor, tile: slice = slice(None)) -> Tensor:
         """(..., V), or a tile of the vocabulary, in the dtype of the hidden states (..., H)."""
         bias = None if self.bias_V is None else self.bias_V[tile]
-        logits = linear(hidden, self.weight_VH[tile], bias)
+        logits = frozen_product(hidden.reshape(-1, hidden.shape[-1]), self.weight_VH[tile], bias)
+        logits = logits.view(*hidden.shape[:-1], logits.shape[-1])
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from align.config import AdaptersConfig
 from align.errors import ConfigError, ModelError
+from align.products import frozen_product
 
 
 class LoRALinear(PeftLinear):
@@ -96,7 +97,7 @@ def _product(
     x_NI: Tensor, weight_OI: Tensor, bias: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """y (N, O) and x Aᵀ (N, R), both in the dtype of x."""
-    y_NO = torch.mm(x_NI, weight_OI.t()) if bias is None else torch.addmm(bias, x_NI, weight_OI.t())
+    y_NO = frozen_product(x_NI, weight_OI, bias)
     low_NR = torch.mm(x_NI, a_RI.to(x_NI.dtype).t())
     return y_NO.addmm_(low_NR, b_OR.to(x_NI.dtype).t(), alpha=scale), low_NR
 
