@@ -9,7 +9,7 @@ import torch
 from align.adapters import AdaptedModel
 from align.artifacts import read_artifact
 from align.base import load_base
-from align.config import AdaptersConfig, BaseModelConfig, CriticConfig, OptimizerConfig, RewardsConfig
+from align.config import BaseModelConfig, CriticConfig, OptimizerConfig, RewardsConfig
 from align.context import RewardModelArtifacts, Sampling
 from align.episodes import Episode, policy_pass
 from align.generation import sample
@@ -18,6 +18,7 @@ from align.slots import Slots
 from stages.ppo import objective
 from stages.ppo.actor_critic import ActorCritic
 from stages.ppo.rollout import POLICY, REFERENCE, Critic, MicroBatch, look
+from tests.benchmarks.ppo_update_ours import adapters_of
 from tests.benchmarks.ppo_update_task import BASE, HEAD, REWARD, SFT, Shape, Task
 from tests.benchmarks.roofline_flops import Counted, Rows, decode_steps
 
@@ -54,7 +55,7 @@ def load_roles(prepared: Path, task: Task, *, dtype: str, is_compiled: bool) -> 
     base = BaseModelConfig.model_validate(
         {"model": str(prepared / BASE), "dtype": dtype, "device": "cpu", "compile": is_compiled}
     )
-    model = AdaptedModel(load_base(base), AdaptersConfig(rank=task.rank, alpha=task.alpha))
+    model = AdaptedModel(load_base(base), adapters_of(task))
     model.load(REFERENCE, read_artifact(prepared / SFT).path)
     reward = RewardModelArtifacts(read_artifact(prepared / REWARD), read_artifact(prepared / HEAD))
     members = load_reward_models(model, (reward,))
