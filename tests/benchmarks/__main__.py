@@ -12,9 +12,12 @@ BENCHMARKS = (
     "ensemble-cost",
     "ingestion",
     "learning-parity",
+    "memory",
     "overoptimisation",
     "ppo-update",
     "quickstart",
+    "roofline",
+    "scaling",
     "trl-parity",
 )
 
