@@ -144,14 +144,21 @@ def measure_layout(
 def _measure(phase: Phase, dtype: str, layers: str) -> Measured:
     print(f"{dtype}, {layers} layers: {phase.name} ...", file=sys.stderr, flush=True)
     seconds: list[float] = []
-    rates, bandwidths = [best_matrix_rate(dtype)], [best_memory_bandwidth()]
+    rates: list[float] = []
+    bandwidths: list[float] = []
+
+    def look_at_the_machine() -> None:
+        rates.append(best_matrix_rate(dtype))
+        if phase.bytes_read is not None:
+            bandwidths.append(best_memory_bandwidth())
+
     for _ in range(REPEATS):
+        look_at_the_machine()
         phase.prepare()
         started = time.perf_counter()
         phase.run()
         seconds.append(time.perf_counter() - started)
-        rates.append(best_matrix_rate(dtype))
-        bandwidths.append(best_memory_bandwidth())
+    look_at_the_machine()
     return Measured(phase.name, dtype, layers, phase.flops, seconds, rates, phase.bytes_read, tuple(bandwidths))
 
 
