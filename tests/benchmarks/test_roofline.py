@@ -81,7 +81,7 @@ def test_the_faster_layout_faces_the_bar_of_its_dtype() -> None:
 
 def test_every_phase_of_a_small_model_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "REPEATS", 2)
-    monkeypatch.setattr(roofline, "best_matrix_rate", lambda dtype: 1e12)  # pyright: ignore[reportUnknownLambdaType]
+    monkeypatch.setattr(roofline, "best_matrix_rate", lambda dtype: 1e12)
     monkeypatch.setattr(roofline, "best_memory_bandwidth", lambda: 1e12)
     shape = Shape(vocabulary=300, width=32, intermediate=64, layers=2, heads=4, kv_heads=2)
     task = Task(episodes=4, prompt_length=5, response_length=6, micro_batch=2, rank=4)
