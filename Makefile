@@ -39,9 +39,12 @@ bars: venv ## every benchmark, held against its bars (some three hours; each alo
 	$(BIN)/python -m tests.benchmarks forecast
 	$(BIN)/python -m tests.benchmarks ingestion
 	$(BIN)/python -m tests.benchmarks learning-parity
+	$(BIN)/python -m tests.benchmarks memory
 	$(BIN)/python -m tests.benchmarks overoptimisation
 	$(BIN)/python -m tests.benchmarks ppo-update
 	$(BIN)/python -m tests.benchmarks quickstart
+	$(BIN)/python -m tests.benchmarks roofline
+	$(BIN)/python -m tests.benchmarks scaling
 
 lint: venv ## ruff, pyright, and the import ladder
 	$(BIN)/ruff check

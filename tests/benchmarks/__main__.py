@@ -13,9 +13,12 @@ BENCHMARKS = (
     "forecast",
     "ingestion",
     "learning-parity",
+    "memory",
     "overoptimisation",
     "ppo-update",
     "quickstart",
+    "roofline",
+    "scaling",
     "trl-parity",
 )
 

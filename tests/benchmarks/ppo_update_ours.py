@@ -37,6 +37,10 @@ from tests.benchmarks.ppo_update_task import (
 from tests.benchmarks.process_tree import resident_bytes
 
 
+def adapters_of(task: Task) -> AdaptersConfig:
+    return AdaptersConfig(rank=task.rank, alpha=task.alpha, layers=task.adapted_layers)
+
+
 def _config(task: Task, critic: str) -> PPOConfig:
     return PPOConfig.model_validate(
         {
@@ -58,7 +62,7 @@ def _config(task: Task, critic: str) -> PPOConfig:
     )
 
 
-def _context(job: Job, folder: Path) -> StageContext:
+def load_model(job: Job) -> AdaptedModel:
     base = load_base(
         BaseModelConfig.model_validate(
             {
@@ -69,15 +73,14 @@ def _context(job: Job, folder: Path) -> StageContext:
             },
         )
     )
-    model = AdaptedModel(base, AdaptersConfig(rank=job.task.rank, alpha=job.task.alpha))
-    return StageContext(model, Tracker(folder, stage="ppo"), folder, stage_seed(0, "ppo"), None, 0.0)
+    return AdaptedModel(base, adapters_of(job.task))
 
 
-def _inputs(prepared: Path) -> PPOInputs:
+def _inputs(prepared: Path, reward_models: int) -> PPOInputs:
     sft, reward, head = (read_artifact(prepared / name) for name in (SFT, REWARD, HEAD))
     texts = json.loads((prepared / PROMPTS).read_text(encoding="utf-8"))
     prompts = tuple(Prompt((Message("user", text),), f"prompt:{i}") for i, text in enumerate(texts))
-    return PPOInputs(sft, (RewardModelArtifacts(reward, head),), prompts)
+    return PPOInputs(sft, (RewardModelArtifacts(reward, head),) * reward_models, prompts)
 
 
 def _lines(path: Path) -> list[dict[str, float]]:
@@ -97,14 +100,21 @@ def updates_of(folder: Path) -> list[Update]:
     ]
 
 
+def run_task(job: Job, stage: Path, model: AdaptedModel, tracker: Tracker) -> None:
+    """All updates of the task. Raises RuntimeError if a response was not as long as the task says."""
+    task = job.task
+    context = StageContext(model, tracker, stage, stage_seed(0, "ppo"), None, 0.0)
+    run_ppo(_config(task, job.system.removesuffix(COMPILED)), _inputs(Path(job.prepared), task.reward_models), context)
+    lengths = {line["rollout/response_length"] for line in _lines(stage / "metrics.jsonl")}
+    if lengths != {task.response_length}:
+        raise RuntimeError(f"responses were to be of {task.response_length} tokens, their mean lengths are {lengths}")
+
+
 def main(path: Path) -> None:
     imports_bytes, _ = resident_bytes(os.getpid())
     job, folder = read_job(path)
     task, stage = job.task, folder / "ppo"
-    run_ppo(_config(task, job.system.removesuffix(COMPILED)), _inputs(Path(job.prepared)), _context(job, stage))
-    lengths = {line["rollout/response_length"] for line in _lines(stage / "metrics.jsonl")}
-    if lengths != {task.response_length}:
-        raise RuntimeError(f"responses were to be of {task.response_length} tokens, their mean lengths are {lengths}")
+    run_task(job, stage, load_model(job), Tracker(stage, stage="ppo"))
     write_report(
         folder,
         job,

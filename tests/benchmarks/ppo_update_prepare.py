@@ -19,8 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from align.adapters import AdaptedModel
 from align.artifacts import write_directory
 from align.base import load_base
-from align.config import AdaptersConfig, BaseModelConfig
+from align.config import BaseModelConfig
 from align.heads import ScalarHead, ScoreStatistics, save_head
+from tests.benchmarks.ppo_update_ours import adapters_of
 from tests.benchmarks.ppo_update_task import BASE, END, HEAD, PROMPTS, REWARD, SFT, Shape, Task
 
 _PAD, _UNKNOWN = "<pad>", "<unk>"
@@ -58,7 +59,7 @@ def prepare(folder: Path, shape: Shape, task: Task) -> None:
     make_tokenizer(shape.vocabulary).save_pretrained(folder / BASE)
     (folder / PROMPTS).write_text(json.dumps(make_prompts(task, shape.vocabulary)), encoding="utf-8")
     base = load_base(BaseModelConfig(model=str(folder / BASE), device="cpu"))
-    _write_artifacts(folder, AdaptedModel(base, AdaptersConfig(rank=task.rank, alpha=task.alpha)))
+    _write_artifacts(folder, AdaptedModel(base, adapters_of(task)))
 
 
 def _write_artifacts(folder: Path, model: AdaptedModel) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tests.benchmarks.machine import best_matrix_rate
 from tests.benchmarks.process_tree import resident_bytes
@@ -39,6 +39,8 @@ class Task:
     learning_rate: float = 1e-4
     temperature: float = 1.0
     lam: float = 0.95
+    adapted_layers: Literal["all"] | int = "all"  # or the last n; ours alone, as is the next one
+    reward_models: int = 1
 
 
 @dataclass(frozen=True)
