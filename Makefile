@@ -41,6 +41,7 @@ bars: venv ## every benchmark, held against its bars (some three hours; each alo
 	$(BIN)/python -m tests.benchmarks overoptimisation
 	$(BIN)/python -m tests.benchmarks ppo-update
 	$(BIN)/python -m tests.benchmarks quickstart
+	$(BIN)/python -m tests.benchmarks rollout
 
 lint: venv ## ruff, pyright, and the import ladder
 	$(BIN)/ruff check

@@ -15,6 +15,7 @@ BENCHMARKS = (
     "overoptimisation",
     "ppo-update",
     "quickstart",
+    "rollout",
     "trl-parity",
 )
 
