@@ -45,6 +45,7 @@ bars: venv ## every benchmark, held against its bars (some three hours; each alo
 	$(BIN)/python -m tests.benchmarks quickstart
 	$(BIN)/python -m tests.benchmarks roofline
 	$(BIN)/python -m tests.benchmarks scaling
+	$(BIN)/python -m tests.benchmarks rollout
 
 lint: venv ## ruff, pyright, and the import ladder
 	$(BIN)/ruff check

@@ -4,7 +4,6 @@ the base and the hub's data replaced by tiny ones of the same shape, and a worke
 import json
 import shutil
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import pytest
@@ -111,12 +110,7 @@ class WorkerInThisProcess:
     def __init__(self, config: Config, **_: object) -> None:
         self._model = AdaptedModel(load_base(config.base), config.adapters)
 
-    def __enter__(self) -> "WorkerInThisProcess":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None: ...
+    def close(self) -> None: ...
 
     def start(self) -> None: ...
 

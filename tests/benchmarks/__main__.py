@@ -19,6 +19,7 @@ BENCHMARKS = (
     "quickstart",
     "roofline",
     "scaling",
+    "rollout",
     "trl-parity",
 )
 
