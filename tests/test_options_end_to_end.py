@@ -15,11 +15,12 @@ from tests.preference_rows import write_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 LETTERS = 'ppo.rewards.sources=[{kind: function, function: "tests.align.scoring_functions:share_of_letters"}]'
-# Ten updates of 32 episodes, of answers of 8 tokens
+# Twenty updates of 32 episodes, of answers of 8 tokens. At twice this rate ten are enough, but the way there is chaotic:
+# a sum in another order decides whether the last update is a good one.
 LEARNS = (
-    "ppo.updates=10", "ppo.checkpoint_every=99", "ppo.rollout.episodes=32", "ppo.rollout.batch_size=32",
+    "ppo.updates=20", "ppo.checkpoint_every=99", "ppo.rollout.episodes=32", "ppo.rollout.batch_size=32",
     "ppo.loss.micro_batch_size=16", "ppo.kl.coefficient=0.001", "ppo.rewards.missing_eos_penalty=0",
-    "ppo.optimizer.learning_rate=2e-2", "ppo.critic.learning_rate=1e-2", "ppo.optimizer.schedule=constant",
+    "ppo.optimizer.learning_rate=1e-2", "ppo.critic.learning_rate=1e-2", "ppo.optimizer.schedule=constant",
 )  # fmt: skip
 
 
@@ -79,7 +80,7 @@ def test_a_reward_model_of_each_kind_is_learnt_and_then_learnt_from(
     write_pairs(held_out, 24, seed=1, kind=kind)
     summary, _ = aligned(
         tmp_path, "run.stages=[reward, ppo]", f"data.reward.train={train}", f"data.reward.held_out={held_out}",
-        "reward.epochs=12", "reward.learning_rate=5e-3", *LEARNS, "ppo.updates=20", "ppo.optimizer.learning_rate=1e-2",
+        "reward.epochs=12", "reward.learning_rate=5e-3", *LEARNS, "ppo.updates=40",
         *options,
     )  # fmt: skip
     assert summary["reward"]["accuracy"] > 0.9

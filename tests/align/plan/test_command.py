@@ -26,6 +26,7 @@ def llama_8b(tmp_path: Path) -> Path:
 def test_an_8b_base_carries_all_roles_for_a_tenth_more_and_fits_a_large_gpu(tmp_path: Path, llama_8b: Path) -> None:
     recipe = write_recipe(tmp_path)
     overrides = [f"base.model={llama_8b}", "base.dtype=bfloat16", "adapters.rank=16"]
+    overrides += ["sft.max_length=256", "reward.max_length=256"]
     finished = align("plan", recipe, *overrides, "--gpu-memory", "80GB", "--json")
     assert finished.returncode == 0, finished.stderr
     plan = json.loads(finished.stdout)
