@@ -15,8 +15,8 @@ from tests.preference_rows import write_pairs
 
 ROOT = Path(__file__).resolve().parent.parent
 LETTERS = 'ppo.rewards.sources=[{kind: function, function: "tests.align.scoring_functions:share_of_letters"}]'
-# Twenty updates of 32 episodes, of answers of 8 tokens. At twice this rate ten are enough, but the way there is chaotic:
-# a sum in another order decides whether the last update is a good one.
+# Twenty updates of 32 episodes, of answers of 8 tokens. At twice this rate ten are enough, but then a sum in another
+# order decides whether the last update is a good one.
 LEARNS = (
     "ppo.updates=20", "ppo.checkpoint_every=99", "ppo.rollout.episodes=32", "ppo.rollout.batch_size=32",
     "ppo.loss.micro_batch_size=16", "ppo.kl.coefficient=0.001", "ppo.rewards.missing_eos_penalty=0",

@@ -50,7 +50,7 @@ def test_without_the_cache_the_same_is_learnt_with_more_layers_run(
     own_hidden = DecoderLayers.hidden
 
     def hidden(self: DecoderLayers, ids_BS: object, *args: object, **options: object) -> object:
-        found[-1].append(self._said.get(ids_BS) is not None)  # pyright: ignore[reportPrivateUsage, reportArgumentType]
+        found[-1].append(self._said.get(ids_BS) is not None)  # pyright: ignore[reportPrivateUsage]
         return own_hidden(self, ids_BS, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(DecoderLayers, "hidden", hidden)
