@@ -32,7 +32,7 @@ test: venv ## the tests that need no GPU and little time
 test-gpu: venv ## the tests that need a GPU
 	$(BIN)/pytest -m gpu
 
-bars: venv ## every benchmark, held against its bars (some three hours; each alone: python -m tests.benchmarks NAME)
+bars: venv ## every benchmark, held against its bars (hours; each alone: python -m tests.benchmarks NAME)
 	$(BIN)/python -m tests.benchmarks trl-parity
 	$(BIN)/python -m tests.benchmarks defaults
 	$(BIN)/python -m tests.benchmarks ensemble-cost
@@ -43,9 +43,9 @@ bars: venv ## every benchmark, held against its bars (some three hours; each alo
 	$(BIN)/python -m tests.benchmarks overoptimisation
 	$(BIN)/python -m tests.benchmarks ppo-update
 	$(BIN)/python -m tests.benchmarks quickstart
+	$(BIN)/python -m tests.benchmarks rollout
 	$(BIN)/python -m tests.benchmarks roofline
 	$(BIN)/python -m tests.benchmarks scaling
-	$(BIN)/python -m tests.benchmarks rollout
 
 lint: venv ## ruff, pyright, and the import ladder
 	$(BIN)/ruff check

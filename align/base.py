@@ -201,10 +201,12 @@ def load_model_config(config: BaseModelConfig) -> "PreTrainedConfig":
 
     options: dict[str, str] = {}
     if config.model == "embedded":
-        from align.embedded import find_embedded
+        from align.embedded import converted_folder, find_embedded
 
-        gguf, _ = find_embedded()
-        folder, options = gguf.parent, {"gguf_file": gguf.name}
+        gguf, identity = find_embedded()
+        folder = converted_folder(identity)
+        if not (folder / "config.json").is_file():  # not converted yet: out of the GGUF file, which takes 5 s
+            folder, options = gguf.parent, {"gguf_file": gguf.name}
     else:
         folder = _find_folder(config, _CONFIG_FILES)
     try:

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import typer
 
 from align.errors import AlignError, ConfigError, StoppedError, UsageError
-from align.steps import STEPS
+from align.steps import STAGE_FUNCTIONS
 
 app = typer.Typer(
     add_completion=False,
@@ -87,7 +87,7 @@ def run(
         with redirect_stdout(sys.stderr if as_json else sys.stdout):
             summary = run_pipeline(
                 loaded,
-                stages=STEPS,
+                stages=STAGE_FUNCTIONS,
                 display=make_display(is_quiet=quiet),
                 command=shlex.join(["align", "run", str(config), *(overrides or [])]),
                 stage=stage,

@@ -58,9 +58,14 @@ def built_once(folder: Path, build: Callable[[Path], None]) -> Path:
     return folder
 
 
+def converted_folder(identity: str) -> Path:
+    """Where the dequantized weights lie once they have been asked for."""
+    return cache_folder() / f"SmolLM2-135M-Instruct-{identity[:16]}"
+
+
 def convert_embedded(gguf: Path, identity: str) -> Path:
     """The folder with the dequantized weights in float32, made on the first call (some 20 s)."""
-    folder = cache_folder() / f"SmolLM2-135M-Instruct-{identity[:16]}"
+    folder = converted_folder(identity)
 
     def convert(temporary: Path) -> None:
         import torch

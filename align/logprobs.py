@@ -78,9 +78,8 @@ class _Sums:
         self.largest = zero_N1 + _FAR_BELOW
         self.total = zero_N1  # Σ e
         self.spread = zero_N1 if with_entropy else None  # Σ e (z − m)
-        zero_NH = torch.zeros_like(hidden_NH, dtype=wide)
-        self.pull = zero_NH if is_learning else None  # Σ e W
-        self.tilt = zero_NH.clone() if is_learning and with_entropy else None  # Σ e (z − m) W
+        self.pull = torch.zeros_like(hidden_NH, dtype=wide) if is_learning else None  # Σ e W
+        self.tilt = torch.zeros_like(hidden_NH, dtype=wide) if is_learning and with_entropy else None  # Σ e (z − m) W
 
     def add(self, logits_NT: Tensor, slope_NT: Tensor | None, weight_TH: Tensor) -> None:
         """Take in a tile; `logits_NT` is used up. The slope of the softcap belongs to W, not to e."""

@@ -32,4 +32,9 @@ def _evaluation(config: Any, inputs: Any, context: "StageContext") -> "StageResu
     return run_evaluation(config, inputs, context)
 
 
-STEPS: Mapping[str, "StageFunction"] = {"sft": _sft, "reward": _reward, "ppo": _ppo, "evaluation": _evaluation}
+STAGE_FUNCTIONS: Mapping[str, "StageFunction"] = {
+    "sft": _sft,
+    "reward": _reward,
+    "ppo": _ppo,
+    "evaluation": _evaluation,
+}

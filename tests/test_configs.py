@@ -15,19 +15,15 @@ from align.base import load_base
 from align.config import Config, OptimizerConfig, PPOConfig, RewardConfig, RolloutConfig, SourceConfig
 from align.context import StageContext
 from align.driver import run_pipeline
-from align.evaluation.run import run_evaluation
 from align.handover import Vitals
 from align.randomness import stage_seed
 from align.show import QuietDisplay
+from align.steps import STAGE_FUNCTIONS
 from align.tiny import find_tiny
 from align.tracking import Tracker
 from align.worker import Outcome, StageCall
-from stages.ppo.train import run_ppo
-from stages.reward.train import run_reward
-from stages.sft.train import run_sft
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
-STAGES = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo, "evaluation": run_evaluation}
 Rows = list[dict[str, object]]
 
 # A base's stand-in. "bare" has Llama's shape and, as a base model, no chat template.
@@ -178,7 +174,7 @@ def test_one_small_step_of_each_stage_of_a_recipe_runs(
     monkeypatch.setattr("align.driver.Cluster", WorkerInThisProcess)
     recipe = settings.load(path)
     config = settings.load(path, small_overrides(recipe, tmp_path, bare=bare))
-    summary: Any = run_pipeline(config, stages=STAGES, display=QuietDisplay(), command="align run")
+    summary: Any = run_pipeline(config, stages=STAGE_FUNCTIONS, display=QuietDisplay(), command="align run")
     assert summary["run"]["steps"] == [*recipe.run.stages, "evaluation"]
     for stage in recipe.run.stages:
         metrics = config.run.folder / stage / "metrics.jsonl"

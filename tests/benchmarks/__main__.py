@@ -17,9 +17,9 @@ BENCHMARKS = (
     "overoptimisation",
     "ppo-update",
     "quickstart",
+    "rollout",
     "roofline",
     "scaling",
-    "rollout",
     "trl-parity",
 )
 

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from align.config import PPOConfig
 from tests.benchmarks.intervals import Interval, mean_interval
+from tests.benchmarks.keep import keep
 from tests.benchmarks.parity_evaluation import Outcome, evaluate
 from tests.benchmarks.parity_ours import SCRIPTED, train
 from tests.benchmarks.parity_recipe import Job, Recipe
@@ -46,7 +47,6 @@ VARIANTS: dict[str, Change] = {
     "rewards.whiten=true": {"rewards": {"whiten": True}},
     "rewards.normalize=running": {"rewards": {"normalize": "running"}},
 }
-RESULTS = Path(__file__).parent / "results" / "defaults.json"
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def run(root: Path) -> int:
     compared = compare(outcomes)
     _print(compared)
     result = {"seeds": SEEDS, "variants": {name: asdict(own) for name, own in compared.items()}}
-    RESULTS.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    keep("defaults", result)
     return 1 if any(own.gain is not None and own.gain.low > 0 for own in compared.values()) else 0
 
 

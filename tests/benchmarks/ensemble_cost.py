@@ -5,7 +5,6 @@ one run; and the bytes that the members add, against those of one adapter and he
 1.05 · (k − 1) times the bytes of one.
 """
 
-import json
 import time
 from pathlib import Path
 from statistics import median
@@ -20,11 +19,11 @@ from align.config import AdaptersConfig, BaseModelConfig, RewardsConfig
 from align.episodes import Episode, collate
 from align.heads import ScalarHead, ScoreStatistics, save_head
 from align.rewards import RewardModel, RewardSources, reward_sources
+from tests.benchmarks.keep import keep
 
 MEMBERS = 4
 EPISODES, PROMPT, RESPONSE = 64, 32, 32  # tokens
 REPEATS = 5
-RESULTS = Path(__file__).parent / "results" / "ensemble-cost.json"
 
 
 def run(root: Path) -> int:
@@ -54,9 +53,7 @@ def run(root: Path) -> int:
     for name, value in added.items():
         table.add_row(f"bytes added in {name}, over {MEMBERS - 1} × one adapter and head", f"{value:.3f}")
     Console().print(table)
-    print(json.dumps(result))
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    keep("ensemble-cost", result)
     return 0 if max(added.values()) <= 1.05 else 1
 
 

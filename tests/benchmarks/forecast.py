@@ -24,11 +24,11 @@ from align.heads import load_head
 from align.plan.forecast import forecast
 from align.plan.meta import read_shape
 from stages.ppo.actor_critic import ActorCritic
+from tests.benchmarks.keep import keep
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.ppo_update_prepare import prepare
 from tests.benchmarks.ppo_update_task import BASE, HEAD, PROMPTS, REWARD, SFT, Shape, Task
 
-RESULTS = Path(__file__).parent / "results" / "forecast.json"
 STATE_TOLERANCE, PEAK_TOLERANCE = 0.01, 0.20
 HELD_OUT = 2  # prompts
 
@@ -89,9 +89,7 @@ def run(root: Path) -> int:
     Console(width=140).print(table)
     rows = [asdict(case) | {"errors": case.errors, "held": case.held} for case in cases]
     result = {"machine": describe_machine(), "cases": rows}
-    print(json.dumps(result))
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    keep("forecast", result)
     return 0 if all(case.held for case in cases) else 1
 
 

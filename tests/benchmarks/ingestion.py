@@ -21,10 +21,10 @@ from rich.table import Table
 
 from tests.benchmarks import hh_shaped
 from tests.benchmarks.hh_shaped import Planted
+from tests.benchmarks.keep import keep
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.process_tree import Measured, measure
 
-RESULTS = Path(__file__).parent / "results" / "ingestion.json"
 REPEATS = 2
 CORES = os.cpu_count() or 1
 NEAR = ["--near", "0.8"]
@@ -139,9 +139,7 @@ def run(root: Path) -> int:
         "accounts": {name: {key: own[key] for key in Account.__annotations__} for name, own in bench.accounts.items()},
         "bars": [asdict(bar) for bar in bars],
     }
-    print(json.dumps(result))
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    keep("ingestion", result)
     return 0 if all(bar.is_held for bar in bars) else 1
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks.intervals import Interval, difference_interval, mean_interval
+from tests.benchmarks.keep import RESULTS, keep
 from tests.benchmarks.parity_evaluation import Outcome, evaluate, evaluated
 from tests.benchmarks.parity_recipe import Job, Point, Recipe
 from tests.benchmarks.parity_task import find_model
@@ -28,7 +29,6 @@ SYSTEMS = ("trl", *OURS)
 PROCESSES = 2  # of one thread each
 MARGIN = 0.05  # of the reward's range, which is 1
 SMOOTHING = 5  # updates
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -141,9 +141,7 @@ def _keep(runs: dict[str, list[Run]], base: Outcome, verdicts: dict[str, Verdict
         "runs": {name: [asdict(run) for run in of_system] for name, of_system in runs.items()},
         "verdicts": {name: asdict(verdict) | {"held": verdict.held} for name, verdict in verdicts.items()},
     }
-    RESULTS.mkdir(exist_ok=True)
-    text = json.dumps(result, ensure_ascii=False, default=str) + "\n"
-    (RESULTS / "learning-parity.json").write_text(text, encoding="utf-8")
+    keep("learning-parity", result)
 
 
 def plot(runs: dict[str, list[Run]], path: Path) -> None:

@@ -23,6 +23,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from tests.benchmarks.keep import keep
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.memory_layout import Report, read_report
 from tests.benchmarks.peer.installation import finish, start
@@ -34,7 +35,6 @@ CORES = os.cpu_count() or 1
 SPARE = 1.02  # of what must be held
 HIDDEN = 0.5  # of the base
 ITEMSIZE = 4
-RESULTS = Path(__file__).parent / "results" / "memory.json"
 
 
 @dataclass(frozen=True)
@@ -122,9 +122,7 @@ def run(root: Path) -> int:
         "task": asdict(TASK),
         "measured": [_kept(own) for own in measured],
     }
-    print(json.dumps(result))
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    keep("memory", result)
     return 0 if all(own.is_held for own in measured if own.layout.copies == 1) else 1
 
 

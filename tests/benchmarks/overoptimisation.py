@@ -22,6 +22,7 @@ from rich.table import Table
 
 from align.statistics import bootstrap_interval
 from tests.benchmarks.intervals import Interval
+from tests.benchmarks.keep import RESULTS, keep
 from tests.benchmarks.overoptimisation_looks import SAMPLES, Look
 
 UPDATES, EVERY = 41, 4  # the last checkpoint is after update 40
@@ -38,7 +39,6 @@ RUNS = {
     "one": [],
     "ensemble of 4": ["reward.ensemble=4", "ppo.rewards.ensemble=mean-std", "ppo.rewards.ensemble_penalty=1.0"],
 }
-RESULTS = Path(__file__).parent / "results"
 
 
 @dataclass(frozen=True)
@@ -135,9 +135,7 @@ def _keep(looks: dict[str, list[Look]], points: dict[str, list[Point]], turns: d
             for (name, own), shown in ((item, (0, turns[item[0]].peak, turns[item[0]].last)) for item in looks.items())
         },
     }
-    RESULTS.mkdir(exist_ok=True)
-    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
-    (RESULTS / "overoptimisation.json").write_text(text, encoding="utf-8")
+    keep("overoptimisation", result)
 
 
 def plot(points: dict[str, list[Point]], path: Path) -> None:

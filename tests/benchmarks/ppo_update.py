@@ -11,7 +11,6 @@ In float32; and in bfloat16, too, where the machine's matrix product is faster i
 the one in which it is the fastest.
 """
 
-import json
 import os
 import shutil
 import sys
@@ -24,6 +23,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from tests.benchmarks.keep import keep
 from tests.benchmarks.machine import best_matrix_rate, describe_machine
 from tests.benchmarks.peer.installation import VERSION, finish, install_peer, start
 from tests.benchmarks.ppo_update_bars import TITLES, Measured, Variant, Verdict, dtypes_to_measure, judge
@@ -31,7 +31,6 @@ from tests.benchmarks.ppo_update_task import Job, Report, Shape, Task, read_repo
 
 SYSTEMS = ("trl-lora", "head-compiled", "head", "adapter-compiled", "adapter", "trl")
 CORES = os.cpu_count() or 1
-RESULTS = Path(__file__).parent / "results" / "ppo-update.json"
 
 
 def run(root: Path) -> int:
@@ -59,9 +58,7 @@ def run(root: Path) -> int:
         "verdicts": [asdict(verdict) for verdict in verdicts],
         "reports": {" ".join(variant): [asdict(report) for report in own] for variant, own in reports.items()},
     }
-    print(json.dumps(result, ensure_ascii=False))
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    keep("ppo-update", result)
     return 0 if all(verdict.is_held for verdict in verdicts) else 1
 
 

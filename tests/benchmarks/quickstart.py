@@ -10,10 +10,10 @@ from statistics import fmean
 from rich.console import Console
 from rich.table import Table
 
+from tests.benchmarks.keep import keep
 from tests.benchmarks.machine import describe_machine
 
 SEEDS = (0, 1, 2)
-RESULTS = Path(__file__).parent / "results" / "quickstart.json"
 Summary = dict[str, dict[str, float]]
 # name, what is read off one seed's summary, the bar for the mean over seeds, the bar for every seed
 Bar = tuple[str, Callable[[Summary], float], Callable[[float], bool] | None, Callable[[float], bool] | None]
@@ -64,7 +64,5 @@ def run(root: Path) -> int:
         table.add_row(title, *(f"{v:.3f}" for v in values), f"{fmean(values):.3f}", "yes" if held else "NO")
     Console().print(table)
     result = {"machine": describe_machine(), "rows": rows, "summaries": summaries}
-    print(json.dumps(rows))
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    keep("quickstart", result)
     return 1 if missed else 0

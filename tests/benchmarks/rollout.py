@@ -31,6 +31,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from tests.benchmarks.keep import keep
 from tests.benchmarks.machine import best_matrix_rate, describe_machine
 from tests.benchmarks.ppo_update_bars import Verdict, dtypes_to_measure
 from tests.benchmarks.ppo_update_prepare import prepare
@@ -56,7 +57,6 @@ from tests.benchmarks.rollout_task import (
 REPEATS = 2
 CORES = os.cpu_count() or 1
 TASK = Task(updates=1, episodes=4 * SLOTS)  # as many prompts as the scenario with the most of them needs
-RESULTS = Path(__file__).parent / "results" / "rollout.json"
 
 
 def run(root: Path) -> int:
@@ -83,9 +83,7 @@ def run(root: Path) -> int:
         "agreements": [asdict(agreement) for agreement in agreements],
         "verdicts": [asdict(verdict) for verdict in verdicts],
     }
-    print(json.dumps(result, ensure_ascii=False))
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    keep("rollout", result)
     return 0 if all(each.is_held for each in (*verdicts, *agreements)) else 1
 
 

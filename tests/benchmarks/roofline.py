@@ -14,7 +14,6 @@ Bars: learn ≥ 60 % in float32 and ≥ 38 % in bfloat16, with the faster layout
 """
 
 import gc
-import json
 import os
 import shutil
 import sys
@@ -28,6 +27,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from tests.benchmarks.keep import keep
 from tests.benchmarks.machine import best_matrix_rate, best_memory_bandwidth, describe_machine
 from tests.benchmarks.peer.installation import finish, start
 from tests.benchmarks.ppo_update_task import Shape, Task
@@ -37,7 +37,6 @@ REPEATS = 5
 CORES = os.cpu_count() or 1
 BARS = {"float32": 0.60, "bfloat16": 0.38}
 GOALS = {"float32": 0.75, "bfloat16": 0.60}
-RESULTS = Path(__file__).parent / "results" / "roofline.json"
 
 
 @dataclass(frozen=True)
@@ -120,9 +119,7 @@ def run(root: Path) -> int:
         "measured": [{"share": own.share, "bandwidth_share": own.bandwidth_share, **asdict(own)} for own in measured],
         "verdicts": [{**asdict(verdict), "is_held": verdict.is_held} for verdict in verdicts],
     }
-    print(json.dumps(result))
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    keep("roofline", result)
     return 0 if all(verdict.is_held for verdict in verdicts) else 1
 
 

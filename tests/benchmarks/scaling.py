@@ -10,7 +10,6 @@ The exit code is 1 if time grows clearly more than linearly in episodes: more th
 the next.
 """
 
-import json
 import os
 import shutil
 import sys
@@ -24,6 +23,7 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
+from tests.benchmarks.keep import keep
 from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.peer.installation import finish, start
 from tests.benchmarks.ppo_update_prepare import prepare
@@ -34,7 +34,6 @@ TOLERANCE = 1.3  # of linear growth
 EPISODES = "episodes"
 SHAPE = Shape()
 TASK = Task(updates=2, episodes=8, prompt_length=32, response_length=32, epochs=2, minibatches=1)
-RESULTS = Path(__file__).parent / "results" / "scaling.json"
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,7 @@ def run(root: Path) -> int:
         "is_linear": is_linear,
         "points": [_kept(point, report) for point, report in measured],
     }
-    print(json.dumps(result))
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    keep("scaling", result)
     return 0 if is_linear else 1
 
 

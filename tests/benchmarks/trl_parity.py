@@ -4,7 +4,6 @@ Where we depart from TRL, our functions are first given TRL's choice (a mask, a 
 the same; then without it, to show what the departure changes.
 """
 
-import json
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,11 +19,11 @@ from align.base import load_base
 from align.config import AdaptersConfig, BaseModelConfig
 from align.tiny import find_tiny
 from stages.ppo import objective
+from tests.benchmarks.keep import keep
 from tests.benchmarks.peer.installation import VERSION, finish, install_peer, start
 from tests.benchmarks.peer.scripted import arbitrary_score
 from tests.benchmarks.replay import Replay, Settings, relative_error
 
-RESULTS = Path(__file__).parent / "results" / "trl-parity.json"
 TOLERANCE = 1e-6
 FLOAT32_TOLERANCE = 1e-5  # of what our own pass computes, which is float32 by design
 PAD_ID = 256  # <|endoftext|>, the pad token that the peer is given
@@ -72,8 +71,7 @@ def run(root: Path) -> int:
         "same": [asdict(row) | {"held": row.held} for row in same],
         "departures": departures,
     }
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    keep("trl-parity", result)
     return 0 if all(row.held for row in same) else 1
 
 
