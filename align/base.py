@@ -117,7 +117,8 @@ def load_base(config: BaseModelConfig) -> Base:
     """Load the base, frozen and in eval mode, in the dtype and on the device that the config says.
 
     Raises:
-        ModelError: not found, not a decoder-only causal LM, damaged, or the device is not there.
+        ModelError: not found, not a decoder-only causal LM, one with more state than keys and values, damaged, or the
+            device is not there.
     """
     import torch
 
@@ -139,6 +140,11 @@ def load_base(config: BaseModelConfig) -> Base:
             "base.trust_remote_code is on: Python code that comes with %s runs on this machine", config.model
         )
     model, tokenizer = _load_whole(folder, config, dtype)
+    if getattr(model, "_is_stateful", False):
+        raise ModelError(
+            f"base.model: {config.model!r} is a {type(model).__name__}, which has state-space or linear-attention "
+            "layers; align generates over keys and values alone. Choose a base whose layers all attend."
+        )
     _loads += 1
     use_grouped_attention(model)
     cast("torch.nn.Module", model).to(device).eval().requires_grad_(False)

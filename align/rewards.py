@@ -101,11 +101,12 @@ def judge(
     for group in length_sorted_batches([len(e.prompt_ids) + len(e.response_ids) for e in episodes], batch_size):
         chosen = [episodes[i] for i in group]
         batch = collate(chosen, pad_id=pad_id, device=model.device)
-        with model.role(role):
-            own_BT = policy_pass(model, batch, temperature=temperature).logprobs_BT
-        with model.role(reference):
-            ref_BT = policy_pass(model, batch, temperature=temperature).logprobs_BT
-        kls_N[group] = (own_BT - ref_BT).sum(-1).cpu()
+        if role != reference:  # or it is 0
+            with model.role(role):
+                own_BT = policy_pass(model, batch, temperature=temperature).logprobs_BT
+            with model.role(reference):
+                ref_BT = policy_pass(model, batch, temperature=temperature).logprobs_BT
+            kls_N[group] = (own_BT - ref_BT).sum(-1).cpu()
         for name, scores_B in sources.score(batch, chosen).items():
             by_name[name][group] = scores_B.cpu()
     return by_name, kls_N

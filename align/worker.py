@@ -3,6 +3,7 @@
 Nothing of `data`, torch or transformers is imported before `load` has put our own packages first on the path.
 """
 
+import ctypes
 import os
 import resource
 import time
@@ -94,7 +95,6 @@ class Worker:
         if model is None:
             raise InvariantError("Worker.run before Worker.load")
         started = time.perf_counter()
-        model.reset()
         tracker = Tracker(call.folder, stage=call.step, resume=call.resume, tensorboard=call.tensorboard)
         context = StageContext(
             model=model,
@@ -109,6 +109,7 @@ class Worker:
             result = call.function(call.config, call.inputs, context)
         finally:
             tracker.close()
+            model.reset()
         checksum = model.base_checksum()
         if checksum != self._checksum:
             raise InvariantError(
@@ -135,7 +136,7 @@ def _rss_bytes() -> int:
 
 
 def _vitals(seconds: float, base_dtype: str, imports_rss_bytes: int) -> "Vitals":
-    """Since the step before ended: then the peaks begin anew."""
+    """Since the step before ended: then the peaks begin anew, and what it freed goes back to the system."""
     import torch
 
     from align.base import load_count
@@ -154,6 +155,8 @@ def _vitals(seconds: float, base_dtype: str, imports_rss_bytes: int) -> "Vitals"
         base_dtype=base_dtype,
         imports_rss_bytes=imports_rss_bytes,
     )
+    with suppress(AttributeError):  # another C library than GNU's: what it holds on to counts as the next step's
+        ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):  # where the kernel does not let us, the next step's peak is the largest so far
         Path("/proc/self/clear_refs").write_text("5")
     return vitals

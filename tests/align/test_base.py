@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import MambaConfig, MambaForCausalLM
 
 import align.embedded
 from align.artifacts import sha256_of_file
@@ -147,6 +148,14 @@ def test_weights_that_lack_a_tensor_are_refused_not_made_up(folder: Path) -> Non
 def test_a_model_that_is_not_a_causal_lm_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
     assert "must be a decoder-only causal LM" in refused(BaseModelConfig(model=str(folder)))
+
+
+def test_a_base_with_more_state_than_keys_and_values_is_refused_before_anything_is_trained(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    mamba = MambaForCausalLM(MambaConfig(vocab_size=vocabulary, hidden_size=16, num_hidden_layers=2, state_size=4))
+    mamba.save_pretrained(folder)
+    assert "is a MambaForCausalLM, which has state-space" in refused(BaseModelConfig(model=str(folder)))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

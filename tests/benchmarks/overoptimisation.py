@@ -1,10 +1,10 @@
 """Is the reward model over-optimised on the quickstart's task, and what does an ensemble of four do there?
 
-Two runs of configs/quickstart.yaml, pushed harder than a user would: no KL penalty, twice the learning rate, more
-updates. They differ in the reward alone: one adapter, or four with mean − λ·std. At each checkpoint the policy answers
-the same held-out prompts; gold and the reward that it was trained on are drawn against √KL, as Gao et al. 2023 do
-(Scaling Laws for Reward Model Overoptimization). Held if the single model's gold has turned down, its 95 % interval
-over prompts included, while its own score has risen further.
+Two runs of configs/quickstart.yaml, pushed harder than a user would: no KL penalty, a higher learning rate, more
+updates; and on all pairs. They differ in the reward alone: one adapter, or four with mean − λ·std. At each checkpoint
+the policy answers the same held-out prompts; gold and the reward that it was trained on are drawn against √KL, as Gao
+et al. 2023 do (Scaling Laws for Reward Model Overoptimization). Held if the single model's gold has turned down, its
+95 % interval over prompts included, while its own score has risen further.
 """
 
 import json
@@ -27,6 +27,7 @@ from tests.benchmarks.overoptimisation_looks import SAMPLES, Look
 
 UPDATES, EVERY = 41, 4  # the last checkpoint is after update 40
 PRESSURE = [
+    "data.reward.train.limit=null",
     "ppo.kl.coefficient=0",
     "ppo.optimizer.learning_rate=2e-4",
     "ppo.rewards.clip=null",
