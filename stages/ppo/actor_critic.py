@@ -1,6 +1,7 @@
 """What PPO trains, and its state on disk: the policy adapter, the critic, the optimizer."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -80,6 +81,18 @@ class ActorCritic:
             group["lr"] = group["peak"] * factor
         return self.optimizer.param_groups[0]["lr"]
 
+    @contextmanager
+    def gradients(self, *, moves_policy: bool) -> Generator[None]:
+        """Hold the gradients of what learns, from 0 on. They are made ahead of all passes: one that came up amid
+        activations would stay between them when these are freed, and a CPU's heap be a quarter larger for it."""
+        for tensor, name in self.names.items():
+            if moves_policy or not name.startswith(f"{POLICY}/"):
+                tensor.grad = torch.zeros_like(tensor)
+        try:
+            yield
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+
     def step(self) -> float:
         """Clip the gradients together and step; returns their norm before. Raises InvariantError, before anything is
         changed, if it is not finite."""
@@ -91,7 +104,7 @@ class ActorCritic:
                 "ppo.optimizer.learning_rate, or look at the last lines of metrics.jsonl."
             )
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=False)
         return norm.item()
 
     def snapshot(self) -> dict[str, Tensor]:

@@ -92,15 +92,16 @@ class Learner:
         moves_policy = update >= config.critic.warmup_updates or self._actor_critic.critic is None
         seen: list[dict[str, float]] = []
         first_ratio_error, stopped = 0.0, False
-        for number, minibatch in self._minibatches(len(lesson.rollout.micro_batches), update):
-            step = self._learn_minibatch(lesson, minibatch, number, moves_policy=moves_policy)
-            if not seen:
-                first_ratio_error = step["ratio_error"]
-                _verify_first_ratio(first_ratio_error, self._model)
-            seen.append(step)
-            stopped = config.guard.target_kl is not None and step["policy/approxkl"] > config.guard.target_kl
-            if stopped:
-                break
+        with self._actor_critic.gradients(moves_policy=moves_policy):
+            for number, minibatch in self._minibatches(len(lesson.rollout.micro_batches), update):
+                step = self._learn_minibatch(lesson, minibatch, number, moves_policy=moves_policy)
+                if not seen:
+                    first_ratio_error = step["ratio_error"]
+                    _verify_first_ratio(first_ratio_error, self._model)
+                seen.append(step)
+                stopped = config.guard.target_kl is not None and step["policy/approxkl"] > config.guard.target_kl
+                if stopped:
+                    break
         return _mean(seen) | {"policy/first_ratio_error": first_ratio_error, "policy/stopped": float(stopped)}
 
     def _minibatches(self, num_micro_batches: int, update: int) -> Generator[tuple[int, list[int]]]:

@@ -82,7 +82,16 @@ def test_gradients_are_clipped_together_and_the_norm_before_is_returned() -> Non
     )
     assert learner.step() == pytest.approx(float(expected))
     assert seen == pytest.approx([0.5], rel=1e-4)
-    assert all(tensor.grad is None for tensor in learner.names)
+    assert not any(tensor.grad is None or tensor.grad.any() for tensor in learner.names)
+
+
+def test_what_does_not_learn_has_no_gradient_that_its_moments_would_decay_by() -> None:
+    learner = learner_of(with_adapters("llama", "sft", "reward"))
+    for moves_policy in (False, True):
+        with learner.gradients(moves_policy=moves_policy):
+            held = {name for tensor, name in learner.names.items() if tensor.grad is not None}
+            assert {name.split("/")[0] for name in held} == {"value", "head"} | ({"policy"} if moves_policy else set())
+        assert all(tensor.grad is None for tensor in learner.names)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
