@@ -86,7 +86,7 @@ def test_gradients_are_clipped_together_and_the_norm_before_is_returned() -> Non
 
 
 def test_what_does_not_learn_has_no_gradient_that_its_moments_would_decay_by() -> None:
-    learner = learner_of(with_adapters("llama", "sft", "reward"))
+    learner = learner_of(with_adapters("llama", "sft", "reward"), "adapter")
     for moves_policy in (False, True):
         with learner.gradients(moves_policy=moves_policy):
             held = {name for tensor, name in learner.names.items() if tensor.grad is not None}
