@@ -59,7 +59,12 @@ def forecast(config: Config, shape: ModelShape, *, on_gpu: bool, gpus: int = 1) 
         phases += [_supervised("reward", config.reward, sizes), _generate("reward", sizes)]
     if "ppo" in config.run.stages:
         phases += [_generate("ppo", sizes), _score(sizes), _learn(sizes), _generate("evaluation", sizes)]
-    return Plan(tuple(_roles(sizes)), tuple(phases))
+    return Plan(tuple(_roles(sizes)), tuple(phases if on_gpu else map(_in_a_heap, phases)))
+
+
+def _in_a_heap(phase: Phase) -> Phase:
+    holes = int(memory.HEAP_HOLES * phase.bytes.activations)
+    return replace(phase, bytes=replace(phase.bytes, host=phase.bytes.host + holes))
 
 
 @dataclass(frozen=True)

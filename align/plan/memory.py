@@ -24,6 +24,7 @@ SAMPLER_BYTES = 8  # an entry of the vocabulary, beside its logit: probability a
 TRL_ROWS, TRL_TILE = 4096, 32_768  # of SFTTrainer's fused LM head
 TRL_TILE_COPIES = 3  # float32, beside the tile in the base's dtype
 PROCESS_BYTES = 60 * 10**6  # on a CPU, above the imports: tokenizer, kernels' code and scratch
+HEAP_HOLES = 0.4  # on a CPU, of the activations: glibc's heap grows by the holes between tensors of so many sizes
 
 
 @dataclass(frozen=True)

@@ -130,3 +130,11 @@ def test_on_a_cpu_loading_holds_the_files_too_if_their_dtype_is_another() -> Non
 def test_a_stage_that_does_not_run_has_no_phase(stage: str, phases: list[str]) -> None:
     plan = forecast(config(stages=(stage,), reward={"adapter": "adapter"}), SMALL, on_gpu=True)
     assert list(dict.fromkeys(each.stage for each in plan.phases)) == phases
+
+
+def test_on_a_cpu_the_heaps_holes_count_beside_the_activations() -> None:
+    host = {phase.name: phase.bytes for phase in forecast(config(), SMALL, on_gpu=False).phases}["learn"]
+    device = {phase.name: phase.bytes for phase in forecast(config(), SMALL, on_gpu=True).phases}["learn"]
+    assert device.host == 0
+    assert host.activations == device.activations > 0
+    assert host.host == memory.PROCESS_BYTES + int(memory.HEAP_HOLES * host.activations)
