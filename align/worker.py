@@ -4,6 +4,7 @@ Nothing of `data`, torch or transformers is imported before `load` has put our o
 """
 
 import ctypes
+import gc
 import os
 import resource
 import time
@@ -155,6 +156,7 @@ def _vitals(seconds: float, base_dtype: str, imports_rss_bytes: int) -> "Vitals"
         base_dtype=base_dtype,
         imports_rss_bytes=imports_rss_bytes,
     )
+    gc.collect()  # adapters and trainers refer to one another in cycles
     with suppress(AttributeError):  # another C library than GNU's: what it holds on to counts as the next step's
         ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):  # where the kernel does not let us, the next step's peak is the largest so far

@@ -40,7 +40,7 @@ BARS: dict[str, Bar] = {
     "distinct-2 ratio ≥ 0.8": ("distinct2_ratio", lambda s: s["eval"]["distinct2_ratio"], None, lambda x: x >= 0.8),
     "EOS rate ≥ 0.9": ("eos_rate", lambda s: s["eval"]["eos_rate"], None, lambda x: x >= 0.9),
     "base loaded once": ("loads", lambda s: s["base"]["loads"], None, lambda x: x == 1),
-    "minutes < 15": ("minutes", lambda s: s["seconds"]["install_excluded_total"] / 60, None, lambda x: x < 15),
+    "minutes < 8": ("minutes", lambda s: s["seconds"]["install_excluded_total"] / 60, None, lambda x: x < 8),
 }
 
 
