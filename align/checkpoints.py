@@ -3,18 +3,25 @@
 Tensors stand in safetensors files, the rest in sorted JSON, so that equal states are equal bytes.
 """
 
+import logging
 import platform
 import shutil
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from align.artifacts import Artifact, newest_whole, read_artifact, read_json, write_directory, write_json
+from align.config import CheckpointsConfig
+from align.context import StageContext
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,13 +56,14 @@ def restore_optimizer(
     optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str], tensors: Mapping[str, Tensor]
 ) -> None:
     """Put back what optimizer_tensors took, in place of whatever state there is."""
-    optimizer.state.clear()
-    by_name = {name: parameter for parameter, name in names.items()}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    numbers = {names[parameter]: number for number, parameter in enumerate(parameters)}
+    state: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         name, field = key.rsplit("/", 1)
-        parameter = by_name[name]
-        # Adam keeps its step count on the CPU, its moments with the parameter
-        optimizer.state[parameter][field] = tensor.clone() if field == "step" else tensor.to(parameter.device)
+        state.setdefault(numbers[name], {})[field] = tensor.clone()
+    # which knows what belongs on the parameter's device, and what on the CPU
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, stage: str, base_identity: str, keep: int) -> Artifact:
@@ -102,3 +110,41 @@ def load_newest(folder: Path, *, base_identity: str) -> tuple[Checkpoint | None,
         differing = [f"{key}: {then.get(key)} → {value}" for key, value in now.items() if then.get(key) != value]
         notes.append(f"resumed under another environment, so not bit-exact: {'; '.join(differing)}")
     return Checkpoint(artifact.step, groups, state), notes
+
+
+class StageCheckpoints:
+    """Owns a stage's checkpoints: when the next is due, which are kept, and what of the logs belongs to each."""
+
+    def __init__(self, config: CheckpointsConfig, context: StageContext) -> None:
+        self._config = config
+        self._context = context
+        self._folder = context.folder / "checkpoints"
+        self._saved = time.monotonic()  # or begun: either way what is later would be lost
+
+    def is_due(self, step: int) -> bool:
+        every, minutes = self._config.every, self._config.every_minutes
+        is_time = minutes is not None and time.monotonic() - self._saved >= 60 * minutes
+        return is_time or (every is not None and step % every == 0)
+
+    def save(self, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, object]) -> None:
+        """`state` is JSON. What has been logged so far comes before the step, what is logged later after it."""
+        checkpoint = Checkpoint(step, groups, {**state, "lines": self._context.tracker.settle()})
+        save_checkpoint(
+            self._folder,
+            checkpoint,
+            stage=self._context.folder.name,
+            base_identity=self._context.model.base_identity,
+            keep=self._config.keep_last,
+        )
+        self._saved = time.monotonic()
+
+    def resume(self) -> Checkpoint | None:
+        """What the stage continues from, the logs put back to where they were then; None if it starts anew."""
+        if not self._context.resume:
+            return None
+        checkpoint, notes = load_newest(self._folder, base_identity=self._context.model.base_identity)
+        for note in notes:
+            _log.warning(note)
+        lines: Any = {} if checkpoint is None else checkpoint.state["lines"]
+        self._context.tracker.rewind(lines)
+        return checkpoint

@@ -67,8 +67,8 @@ def run_pipeline(
     run = run_folder(config)
     verify_current_folder()
     with occupied(run), _said_if_stopped(run, display, command):
-        if "ppo" in steps:
-            refuse_unfinished(run / "ppo", resume=resume, fresh=fresh, command=command)
+        for step in steps:
+            refuse_unfinished(run / step, resume=resume, fresh=fresh, command=command)
         # Here, or a missing source would only be told after SFT and reward training
         sources = source_identities(config.ppo.rewards) if "ppo" in steps else {}
         base_identity = resolve_base(config.base).identity

@@ -13,15 +13,16 @@ from typing import Literal, cast
 from pydantic import BaseModel
 
 from align.artifacts import Artifact, checkpoint_folders, newest_whole, read_json
-from align.config import Config, StageName
+from align.config import CheckpointsConfig, Config, StageName
 from align.errors import ArtifactError, UsageError
 from align.handover import FinishedStep, read_finished
 
 StepName = Literal["sft", "reward", "ppo", "evaluation"]
 Fingerprint = Mapping[str, object]
+_CHECKPOINTS = tuple(CheckpointsConfig.model_fields)
 
-# What changes how a step runs or what it keeps, not what comes out.
-_WITHOUT_EFFECT = frozenset({"ppo.checkpoint_every", "ppo.keep_checkpoints"})
+# What changes what a step keeps on its way, not what comes out.
+_WITHOUT_EFFECT = frozenset(f"{step}.checkpoints.{key}" for step in ("sft", "reward", "ppo") for key in _CHECKPOINTS)
 # These name files; their contents stand in the fingerprint instead, as input.* hashes.
 _BY_CONTENT = frozenset({"sft.adapter", "reward.adapter"})
 
@@ -114,7 +115,7 @@ def decide(step: StepName, folder: Path, parts: Fingerprint, *, resume: bool, fr
     """What to do about one step, whose folder is `folder`.
 
     Raises:
-        UsageError: --resume, and the step's inputs are not what they were; or an unfinished PPO that neither
+        UsageError: --resume, and the step's inputs are not what they were; or an unfinished step that neither
             --resume nor --fresh speaks of.
         ArtifactError: the step is finished and its artifacts are damaged.
     """
@@ -148,16 +149,16 @@ def _refusal(step: StepName, changed: str, command: str) -> str:
 
 
 def refuse_unfinished(folder: Path, *, resume: bool, fresh: bool, command: str) -> None:
-    """UsageError if the PPO in `folder` stopped half-way and the call does not say what to do with its checkpoints.
+    """UsageError if the stage in `folder` stopped half-way and the call does not say what to do with its checkpoints.
 
-    The driver asks this before the first step runs, so that nobody waits for SFT to hear it.
+    The driver asks this of all its steps before the first one runs, so that nobody waits for SFT to hear it.
     """
     unfinished = checkpoint_folders(folder / "checkpoints")
     if resume or fresh or (folder / "result.json").exists() or not unfinished:
         return
     raise UsageError(
-        f"{folder} holds an unfinished PPO ({unfinished[-1].name}). Continue it: {command} --resume; "
-        f"or discard its checkpoints and start it anew: {command} --stage ppo --fresh"
+        f"{folder} holds an unfinished {folder.name} ({unfinished[-1].name}). Continue it: {command} --resume; "
+        f"or discard its checkpoints and start it anew: {command} --stage {folder.name} --fresh"
     )
 
 

@@ -3,13 +3,16 @@ status.json (for progress bars and `align status`), TensorBoard if asked."""
 
 import json
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from align.artifacts import write_json
+from align.artifacts import write_json, write_text
 from align.errors import InvariantError
+
+_LOGS = ("metrics.jsonl", "timings.jsonl")
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,7 @@ class Tracker:
         self._last_write = 0.0
         self._first_done: int | None = None
         self.resumed_seconds = 0.0  # what the kept lines of a resumed stage took
-        for name in ("metrics.jsonl", "timings.jsonl"):
+        for name in _LOGS:
             if not resume:
                 (folder / name).write_text("", encoding="utf-8")
         self._writer = None
@@ -66,16 +69,25 @@ class Tracker:
 
             self._writer = SummaryWriter(str(folder / "tensorboard"))
 
-    def rewind(self, step: int) -> None:
-        """Drop the lines after `step`: what a stopped run did past its last checkpoint is done again."""
-        for name in ("metrics.jsonl", "timings.jsonl"):
+    def settle(self) -> dict[str, int]:
+        """Wait until all that was logged is on the disk; returns the number of lines of each file, for `rewind`."""
+        lines: dict[str, int] = {}
+        for name in _LOGS:
+            with (self._folder / name).open("rb+") as file:
+                lines[name] = sum(1 for _ in file)
+                os.fsync(file.fileno())
+        return lines
+
+    def rewind(self, lines: Mapping[str, int]) -> None:
+        """Drop all but the first so many lines of each file: what a stopped run did past its last checkpoint is done
+        again."""
+        for name in _LOGS:
             path = self._folder / name
-            if path.exists():
-                whole = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-                kept = [line for line in whole if json.loads(line)["step"] <= step]
-                for values in map(json.loads, kept):
-                    self.resumed_seconds += sum(v for key, v in values.items() if key.startswith("seconds/"))
-                path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            found = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+            kept = found[: lines.get(name, 0)]
+            for values in map(json.loads, kept):
+                self.resumed_seconds += sum(v for key, v in values.items() if key.startswith("seconds/"))
+            write_text(path, "".join(line + "\n" for line in kept))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl. Raises InvariantError if a value is not finite."""

@@ -1,5 +1,6 @@
 """What SFT and reward training tell TRL's trainers, in one place: which settings, and where their logs go."""
 
+import time
 from pathlib import Path
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -17,14 +18,18 @@ _MAX_GRADIENT_NORM = 1.0
 class ReportToTracker(TrainerCallback):
     """Sends a trainer's logs to metrics.jsonl and its steps to the progress bar."""
 
-    def __init__(self, tracker: Tracker, prefix: str) -> None:
+    def __init__(self, tracker: Tracker, prefix: str, *, tokens_before: float = 0.0) -> None:
         self._tracker = tracker
         self._prefix = prefix
+        self._tokens_before = tokens_before  # trained on before a resume: trainers count from 0 again
+        self.num_tokens = tokens_before
+        self._since = time.perf_counter()  # its last line, or its beginning
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
-        self._tracker.progress(0, state.max_steps, "training")
+        self._since = time.perf_counter()
+        self._tracker.progress(state.global_step, state.max_steps, "training")
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -40,9 +45,14 @@ class ReportToTracker(TrainerCallback):
         **kwargs: object,
     ) -> None:
         values = {key: float(value) for key, value in (logs or {}).items() if key not in _NOT_METRICS}
+        if "num_tokens" in values:
+            values["num_tokens"] += self._tokens_before
+            self.num_tokens = values["num_tokens"]
         values = {f"{self._prefix}/{key}": v for key, v in values.items() if "per_second" not in key}
         if len(values) > 1:  # the closing line of a training holds only clocks
             self._tracker.log(state.global_step, values)
+            before, self._since = self._since, time.perf_counter()
+            self._tracker.log_timing(state.global_step, {"seconds/learn": self._since - before})
 
 
 def trainer_arguments(config: SupervisedConfig, context: StageContext, folder: Path) -> dict[str, object]:

@@ -190,7 +190,7 @@ def test_one_small_step_of_each_stage_of_a_recipe_runs(
 def test_the_readme_explains_every_setting_of_reward_modelling_and_ppo() -> None:
     """Those that are there to be chosen; sizes, rates and seeds explain themselves in the config."""
     plain = {
-        *("updates", "checkpoint_every", "keep_checkpoints", "rollout", "optimizer", "epochs", "minibatches"),
+        *("updates", "rollout", "optimizer", "epochs", "minibatches"),
         *("micro_batch_size", "coefficient", "learning_rate", "batch_size", "prompts", "ptx_batch_size"),
         *("ptx_max_length", "max_length", "gradient_checkpointing", "schedule", "warmup_fraction", "adapter"),
     }

@@ -19,7 +19,7 @@ from align.artifacts import sha256_of_file
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
-SIZES = ("ppo.updates=30", "ppo.checkpoint_every=1")  # long enough to be interrupted on a busy machine, too
+SIZES = ("ppo.updates=30", "ppo.checkpoints.every=1")  # long enough to be interrupted on a busy machine, too
 STEPS = ("sft", "reward", "ppo", "evaluation")
 REPRODUCIBLE = ("adapter", "head", "value_adapter", "metrics.jsonl")
 PATIENCE_SECONDS = 900.0  # for a machine that is busy with something else

@@ -18,7 +18,7 @@ LETTERS = 'ppo.rewards.sources=[{kind: function, function: "tests.align.scoring_
 # Twenty updates of 32 episodes, of answers of 8 tokens. At twice this rate ten are enough, but then a sum in another
 # order decides whether the last update is a good one.
 LEARNS = (
-    "ppo.updates=20", "ppo.checkpoint_every=99", "ppo.rollout.episodes=32", "ppo.rollout.batch_size=32",
+    "ppo.updates=20", "ppo.checkpoints.every=99", "ppo.rollout.episodes=32", "ppo.rollout.batch_size=32",
     "ppo.loss.micro_batch_size=16", "ppo.kl.coefficient=0.001", "ppo.rewards.missing_eos_penalty=0",
     "ppo.optimizer.learning_rate=1e-2", "ppo.critic.learning_rate=1e-2", "ppo.optimizer.schedule=constant",
 )  # fmt: skip

@@ -20,7 +20,7 @@ from align.config.ppo import (  # isort: skip # one statement: `ppo`'s sections 
     RewardSourceConfig as RewardSourceConfig,
     RolloutConfig as RolloutConfig,
 )
-from align.config.section import Schedule, Section
+from align.config.section import CheckpointsConfig, Schedule, Section
 
 StageName = Literal["sft", "reward", "ppo"]
 
@@ -123,6 +123,7 @@ class SupervisedConfig(Section):
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
     max_length: int = Field(default=1024, ge=8, description="tokens of prompt and response together")
     gradient_checkpointing: bool = False
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> "SupervisedConfig":

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from align.config.section import Schedule, Section
+from align.config.section import CheckpointsConfig, Schedule, Section
 
 
 class RolloutConfig(Section):
@@ -183,8 +183,7 @@ class GuardConfig(Section):
 
 class PPOConfig(Section):
     updates: int = Field(default=100, ge=1)
-    checkpoint_every: int = Field(default=10, ge=1, description="updates")
-    keep_checkpoints: int = Field(default=2, ge=1)
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
     rollout: RolloutConfig = RolloutConfig()
     kl: KLConfig = KLConfig()
     rewards: RewardsConfig = RewardsConfig()

@@ -2,10 +2,18 @@
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 Schedule = Literal["constant", "linear", "cosine"]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class CheckpointsConfig(Section):
+    """When a stage writes what a stopped run continues from. Nothing of it changes what comes out."""
+
+    every: int | None = Field(default=None, ge=1, description="updates; in sft and reward optimizer steps")
+    every_minutes: float | None = Field(default=5.0, gt=0, description="after the update in which they have passed")
+    keep_last: int = Field(default=2, ge=1)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from align.adapters import AdaptedModel
-from align.checkpoints import Checkpoint, load_newest, save_checkpoint
+from align.checkpoints import StageCheckpoints
 from align.config import PPOConfig
 from align.context import PPOInputs, StageContext, StageResult
 from align.errors import InvariantError
@@ -34,7 +34,8 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
     model, tracker = context.model, context.tracker
     parts = make_ready(config, inputs, context)
     actor_critic, shaper, guard = parts.actor_critic, parts.shaper, parts.guard
-    first_update, kept = _resume(actor_critic, shaper, guard, context)
+    checkpoints = StageCheckpoints(config.checkpoints, context)
+    first_update, kept = _resume(checkpoints, actor_critic, shaper, guard)
     frozen = {name: model.checksum(name) for name in parts.frozen}
     if first_update == 0 and guard.is_due(0):
         tracker.log(0, guard.look(actor_critic, model, update=0))
@@ -96,8 +97,8 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
         reason = guard.reason_to_stop(metrics["objective/kl"])
         if reason is not None:
             break
-        if step % config.checkpoint_every == 0 and step < config.updates:
-            _checkpoint(step, actor_critic, shaper, guard, kept, config, context)
+        if step < config.updates and checkpoints.is_due(step):
+            _checkpoint(checkpoints, step, actor_critic, shaper, guard, kept)
 
     kept_update = step
     if reason is not None:
@@ -115,46 +116,33 @@ def _seconds(clock: Sequence[float]) -> dict[str, float]:
 
 
 def _checkpoint(
+    checkpoints: StageCheckpoints,
     step: int,
     actor_critic: ActorCritic,
     shaper: Shaper,
     guard: Guard,
     kept: dict[str, float],
-    config: PPOConfig,
-    context: StageContext,
 ) -> None:
     """What a bit-exact continuation needs; all randomness and the learning rate are functions of the update."""
     groups = actor_critic.checkpoint_groups()
     state: dict[str, object] = {"verified": kept, "shaper": shaper.state()}
     if guard.best:
         groups, state = {**groups, "best": guard.best}, {**state, "guard": guard.state()}
-    save_checkpoint(
-        context.folder / "checkpoints",
-        Checkpoint(step, groups, state),
-        stage="ppo",
-        base_identity=context.model.base_identity,
-        keep=config.keep_checkpoints,
-    )
+    checkpoints.save(step, groups, state)
 
 
 def _resume(
-    actor_critic: ActorCritic, shaper: Shaper, guard: Guard, context: StageContext
+    checkpoints: StageCheckpoints, actor_critic: ActorCritic, shaper: Shaper, guard: Guard
 ) -> tuple[int, dict[str, float]]:
     """The update to begin with, and the first update's verified numbers."""
-    if not context.resume:
-        return 0, {}
-    checkpoint, notes = load_newest(context.folder / "checkpoints", base_identity=context.model.base_identity)
-    for note in notes:
-        _log.warning(note)
+    checkpoint = checkpoints.resume()
     if checkpoint is None:
-        context.tracker.rewind(-1)
         return 0, {}
     actor_critic.restore(checkpoint)
     state = checkpoint.state
     shaper.restore(_numbers(state["shaper"]))
     if "guard" in state:
         guard.restore(_numbers(state["guard"]), checkpoint.groups["best"])
-    context.tracker.rewind(checkpoint.step)
     return checkpoint.step, _numbers(state["verified"])
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from align.artifacts import Artifact, write_directory
+from align.checkpoints import StageCheckpoints
 from align.config import RewardConfig
 from align.context import RewardInputs, StageContext, StageResult, member_suffixes
 from align.episodes import Episode
@@ -22,7 +23,7 @@ from stages.reward.evidence import Evidence
 from stages.reward.objective import ensemble_scores
 from stages.reward.pairs import Pairs
 from stages.reward.scorer import Member, score
-from stages.reward.trainer import Training, train_member
+from stages.reward.trainer import Members, Training
 from stages.reward.verdicts import Verdicts
 
 _log = logging.getLogger(__name__)
@@ -57,7 +58,8 @@ def run_reward(config: RewardConfig, inputs: RewardInputs, context: StageContext
     evidence, account = tokenize(config, inputs, codec, context)
     context.load_sft(inputs.sft)
     members = add_members(config, inputs, context)
-    trained = [train_member(member, evidence, config, codec, context) for member in members]
+    checkpoints = StageCheckpoints(config.checkpoints, context)
+    trained = Members(model, checkpoints).train(members, evidence, config, codec, context)
 
     tracker.progress(0, 2, "SFT answers")
     answers = sample_answers(inputs, codec, context)

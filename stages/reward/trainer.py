@@ -2,8 +2,8 @@
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,14 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from trl.trainer.reward_config import RewardConfig as TRLConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
+from align.adapters import AdaptedModel
+from align.checkpoints import Checkpoint, StageCheckpoints
 from align.config import EarlyStoppingConfig, RewardConfig
 from align.context import StageContext
 from align.errors import InvariantError
 from align.restore import lent
 from data.tokenization import Codec
+from stages.continuation import Groups, State, TrainerCheckpoints, tokens_before
 from stages.reward import objective
 from stages.reward.evidence import Evidence, Labels, collate_rows
 from stages.reward.scorer import Member, score, scorer_on_trunk
@@ -100,13 +103,24 @@ class KeepBest(TrainerCallback):
         look: Callable[[], float],
         *,
         scorer: nn.Module,
-        tensors: Sequence[Tensor],
+        tensors: Mapping[str, Tensor],
         settings: EarlyStoppingConfig,
         log: Callable[[int, float], None],
     ) -> None:
         self._look, self._scorer, self._tensors, self._settings, self._log = look, scorer, tensors, settings, log
-        self._best_loss, self._best, self._looks_since = math.inf, list[Tensor](), 0
+        self._best_loss, self._best, self._looks_since = math.inf, dict[str, Tensor](), 0
         self.best_step = 0
+
+    def state(self) -> tuple[Groups, State]:
+        """For a checkpoint; nothing before the first look."""
+        numbers = {"best_loss": self._best_loss, "best_step": self.best_step, "looks_since": self._looks_since}
+        return ({"best": self._best}, {"best": numbers}) if self._best else ({}, {})
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        if "best" in checkpoint.state:
+            numbers: Any = checkpoint.state["best"]
+            self._best_loss, self._looks_since = numbers["best_loss"], numbers["looks_since"]
+            self._best, self.best_step = dict(checkpoint.groups["best"]), numbers["best_step"]
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -121,52 +135,115 @@ class KeepBest(TrainerCallback):
         self._looks_since += 1
         if loss < self._best_loss:
             self._best_loss, self.best_step, self._looks_since = loss, step, 0
-            self._best = [tensor.detach().clone() for tensor in self._tensors]
+            self._best = {name: tensor.detach().clone() for name, tensor in self._tensors.items()}
         control.should_training_stop |= self._looks_since >= self._settings.patience
 
     def put_back(self) -> None:
         """The best state into the tensors, whatever came after it; nothing if there was no look."""
-        for tensor, best in zip(self._tensors, self._best, strict=bool(self._best)):
-            tensor.data.copy_(best)
+        for name, best in self._best.items():
+            self._tensors[name].data.copy_(best)
 
 
-def train_member(
-    member: Member, evidence: Evidence, config: RewardConfig, codec: Codec, context: StageContext
-) -> Training:
-    """Let RewardTrainer train the member's adapter, which is there already, and its head."""
-    model, tracker = context.model, context.tracker
-    rows = evidence.train_rows()
+class Members:
+    """Owns how far the members of a stage have come: they are trained one after another.
 
-    def look() -> float:
-        sizes = {"pad_id": codec.pad_id, "batch_size": config.micro_batch_size}
-        return evidence.held_out_loss(score(model, member, evidence.held_out_episodes(), **sizes))
+    A checkpoint's step counts the optimizer steps of all of them, and it holds what the finished ones have become.
+    """
 
-    with lent(model.base.model), model.role(member.name, train=True), tempfile.TemporaryDirectory() as temporary:
-        scorer = scorer_on_trunk(model, member.head, pad_id=codec.pad_id)
-        best = KeepBest(
-            look,
-            scorer=scorer,
-            tensors=[*model.tensors(member.name).values(), *member.head.parameters()],
-            settings=config.early_stopping,
-            log=lambda step, loss: tracker.log(step, {f"{member.name}/held_out_loss": loss}),
-        )
-        trainer = ScoreTrainer(
-            evidence=evidence,
-            model=scorer,
-            args=TRLConfig(
-                **trainer_arguments(config, replace(context, seed=member.seed), Path(temporary)),  # type: ignore[arg-type]
-                disable_dropout=False,  # adapters.dropout applies here too; TRL would set it to 0
-            ),
-            data_collator=partial(collate_rows, pad_id=codec.pad_id),
-            train_dataset=Dataset.from_list(rows),  # type: ignore[arg-type]
-            processing_class=model.base.tokenizer,
-            callbacks=[ReportToTracker(tracker, member.name), best],
-        )
-        if len(trainer.train_dataset) != len(rows):  # type: ignore[arg-type]
-            raise InvariantError(f"RewardTrainer kept {len(trainer.train_dataset)} of {len(rows)} rows")  # type: ignore[arg-type]
-        trainer.remove_callback(PrinterCallback)
-        model.verify_trainable()
-        steps = trainer.train().global_step
-        best.put_back()
-    member.head.requires_grad_(False)
-    return Training(steps, best.best_step or steps)
+    def __init__(self, model: AdaptedModel, checkpoints: StageCheckpoints) -> None:
+        self._model = model
+        self._checkpoints = checkpoints
+        self._start = checkpoints.resume()
+        self._finished: dict[str, Mapping[str, Tensor]] = {}
+        self._trainings: list[Training] = []
+
+    def train(
+        self, members: Sequence[Member], evidence: Evidence, config: RewardConfig, codec: Codec, context: StageContext
+    ) -> list[Training]:
+        done: Any = [] if self._start is None else self._start.state["finished"]
+        for number, member in enumerate(members):
+            if number < len(done):
+                assert self._start is not None
+                self._put_back(member, self._start)
+                self._end(member, Training(**done[number]))
+                continue
+            start = self._start if number == len(done) else None
+            self._end(member, self._train(member, evidence, config, codec, context, start))
+            if number < len(members) - 1:
+                self._checkpoints.save(self._steps, *self._state())
+        return self._trainings
+
+    @property
+    def _steps(self) -> int:
+        return sum(training.steps for training in self._trainings)
+
+    def _put_back(self, member: Member, start: Checkpoint) -> None:
+        for name, tensor in tensors_of(self._model, member).items():
+            tensor.data.copy_(start.groups[member.name][name])
+
+    def _end(self, member: Member, training: Training) -> None:
+        member.head.requires_grad_(False)
+        self._finished[member.name] = tensors_of(self._model, member)
+        self._trainings.append(training)
+
+    def _state(self) -> tuple[Groups, State]:
+        return dict(self._finished), {"finished": [asdict(training) for training in self._trainings]}
+
+    def _train(
+        self,
+        member: Member,
+        evidence: Evidence,
+        config: RewardConfig,
+        codec: Codec,
+        context: StageContext,
+        start: Checkpoint | None,
+    ) -> Training:
+        """Let RewardTrainer train the member's adapter, which is there already, and its head."""
+        model, tracker = context.model, context.tracker
+        rows = evidence.train_rows()
+
+        def look() -> float:
+            sizes = {"pad_id": codec.pad_id, "batch_size": config.micro_batch_size}
+            return evidence.held_out_loss(score(model, member, evidence.held_out_episodes(), **sizes))
+
+        def also() -> tuple[Groups, State]:
+            (finished, numbers), (best_tensors, best_numbers) = self._state(), best.state()
+            return {**finished, **best_tensors}, {**numbers, **best_numbers}
+
+        with lent(model.base.model), model.role(member.name, train=True), tempfile.TemporaryDirectory() as temporary:
+            scorer = scorer_on_trunk(model, member.head, pad_id=codec.pad_id)
+            best = KeepBest(
+                look,
+                scorer=scorer,
+                tensors=tensors_of(model, member),
+                settings=config.early_stopping,
+                log=lambda step, loss: tracker.log(step, {f"{member.name}/held_out_loss": loss}),
+            )
+            if start is not None:
+                best.restore(start)
+            report = ReportToTracker(tracker, member.name, tokens_before=tokens_before(start))
+            kept = TrainerCheckpoints(self._checkpoints, report, start=start, also=also, steps_before=self._steps)
+            trainer = ScoreTrainer(
+                evidence=evidence,
+                model=scorer,
+                args=TRLConfig(
+                    **trainer_arguments(config, replace(context, seed=member.seed), Path(temporary)),  # type: ignore[arg-type]
+                    disable_dropout=False,  # adapters.dropout applies here too; TRL would set it to 0
+                ),
+                data_collator=partial(collate_rows, pad_id=codec.pad_id),
+                train_dataset=Dataset.from_list(rows),  # type: ignore[arg-type]
+                processing_class=model.base.tokenizer,
+                callbacks=[report, best, kept],
+            )
+            if len(trainer.train_dataset) != len(rows):  # type: ignore[arg-type]
+                raise InvariantError(f"RewardTrainer kept {len(trainer.train_dataset)} of {len(rows)} rows")  # type: ignore[arg-type]
+            trainer.remove_callback(PrinterCallback)
+            model.verify_trainable()
+            steps = kept.train(trainer)
+            best.put_back()
+        return Training(steps, best.best_step or steps)
+
+
+def tensors_of(model: AdaptedModel, member: Member) -> dict[str, Tensor]:
+    """Of its adapter and its head, by name."""
+    return {**model.tensors(member.name), **{f"head/{name}": t for name, t in member.head.named_parameters()}}

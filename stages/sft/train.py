@@ -12,6 +12,7 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from align.adapters import AdaptedModel
 from align.artifacts import write_directory
+from align.checkpoints import StageCheckpoints
 from align.config import SFTConfig
 from align.context import SFTInputs, StageContext, StageResult
 from align.episodes import text_pass
@@ -19,6 +20,7 @@ from align.errors import InvariantError
 from align.restore import lent
 from data.batching import length_sorted_batches
 from data.tokenization import TokenizedDemonstration, encode_demonstrations
+from stages.continuation import TrainerCheckpoints, tokens_before
 from stages.sft.objective import negative_log_likelihood
 from stages.trainer import ReportToTracker, trainer_arguments
 
@@ -40,6 +42,8 @@ def run_sft(config: SFTConfig, inputs: SFTInputs, context: StageContext) -> Stag
     account += context.set_aside("held_out", len(inputs.held_out), held_out_rejects)
 
     context.load_sft(inputs.adapter)
+    checkpoints = StageCheckpoints(config.checkpoints, context)
+    start = checkpoints.resume()
 
     def measure() -> float:
         return held_out_nll(
@@ -50,7 +54,9 @@ def run_sft(config: SFTConfig, inputs: SFTInputs, context: StageContext) -> Stag
             on_progress=lambda done, total: tracker.progress(done, total, "held-out NLL"),
         )
 
-    nll_before = measure()
+    nll_before = measure() if start is None else float(str(start.state["nll_before"]))
+    report = ReportToTracker(tracker, "sft", tokens_before=tokens_before(start))
+    kept = TrainerCheckpoints(checkpoints, report, start=start, also=lambda: ({}, {"nll_before": nll_before}))
     with (
         lent(model.peft),
         model.role(SFT, train=True),
@@ -64,13 +70,13 @@ def run_sft(config: SFTConfig, inputs: SFTInputs, context: StageContext) -> Stag
             ),
             train_dataset=Dataset.from_list([_labelled(row) for row in train]),
             processing_class=model.base.tokenizer,
-            callbacks=[ReportToTracker(tracker, "sft")],
+            callbacks=[report, kept],
         )
         if len(trainer.train_dataset) != len(train):  # type: ignore[arg-type]
             raise InvariantError(f"SFTTrainer kept {len(trainer.train_dataset)} of {len(train)} rows")  # type: ignore[arg-type]
         trainer.remove_callback(PrinterCallback)
         model.verify_trainable()
-        steps = trainer.train().global_step
+        steps = kept.train(trainer)
     nll_after = measure()
 
     artifact = write_directory(

@@ -27,7 +27,7 @@ def fake_reward(config: Any, inputs: Any, context: StageContext) -> StageResult:
 def fake_ppo(config: Any, inputs: Any, context: StageContext) -> StageResult:
     started_at = 2 if context.resume else 0
     if context.resume:
-        context.tracker.rewind(2)
+        context.tracker.rewind({})
     return StageResult("ppo", (_write(context, "adapter", "p"),), {"first_update": started_at})
 
 

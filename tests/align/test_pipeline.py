@@ -107,7 +107,7 @@ def test_what_does_not_concern_the_step_leaves_its_fingerprint(tmp_path: Path, o
 
 
 def test_how_often_ppo_writes_checkpoints_does_not_change_what_it_learns(tmp_path: Path) -> None:
-    old, new = (parts_of(config_with(tmp_path, f"ppo.checkpoint_every={n}"), "ppo") for n in (1, 2))
+    old, new = (parts_of(config_with(tmp_path, f"ppo.checkpoints.every={n}"), "ppo") for n in (1, 2))
     assert changes(old, new) == ""
 
 
@@ -171,7 +171,7 @@ def test_an_unfinished_ppo_is_neither_continued_nor_discarded_unasked(tmp_path: 
     leave_checkpoint(tmp_path / "ppo", parts)
     with pytest.raises(UsageError, match=f"update-00010.*{COMMAND} --resume.*{COMMAND} --stage ppo --fresh"):
         decided(tmp_path / "ppo", parts)
-    with pytest.raises(UsageError, match="unfinished PPO"):
+    with pytest.raises(UsageError, match="unfinished ppo"):
         refuse_unfinished(tmp_path / "ppo", resume=False, fresh=False, command=COMMAND)
     assert decided(tmp_path / "ppo", parts, fresh=True).kind == "run"
     assert (tmp_path / "ppo" / "checkpoints" / "update-00010").is_dir()

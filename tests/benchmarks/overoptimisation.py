@@ -32,8 +32,8 @@ PRESSURE = [
     "ppo.optimizer.learning_rate=2e-4",
     "ppo.rewards.clip=null",
     f"ppo.updates={UPDATES}",
-    f"ppo.checkpoint_every={EVERY}",
-    f"ppo.keep_checkpoints={UPDATES}",
+    f"ppo.checkpoints.every={EVERY}",
+    f"ppo.checkpoints.keep_last={UPDATES}",
     "cluster.cpus=1",  # both run side by side
 ]
 RUNS = {

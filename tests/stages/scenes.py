@@ -73,8 +73,7 @@ def ppo_config(**sections: object) -> PPOConfig:
     """Three small updates of 8 episodes: 2 minibatches of 2 micro-batches of 2."""
     small: dict[str, object] = {
         "updates": 3,
-        "checkpoint_every": 1,
-        "keep_checkpoints": 9,
+        "checkpoints": {"every": 1, "keep_last": 9},
         "rollout": {"episodes": 8, "max_response_length": 6, "batch_size": 4, "max_prompt_length": 200},
         "loss": {"epochs": 2, "minibatches": 2, "micro_batch_size": 2},
         "rewards": {"missing_eos_penalty": 0.1},

@@ -30,7 +30,7 @@ def falling_scores(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> None
 
 def policy_after(root: Path, updates: int) -> str:
     """Checksum of the policy that so many updates give; with a constant rate it does not matter how many follow."""
-    config = ppo_config(updates=updates, optimizer={"schedule": "constant"}, checkpoint_every=99)
+    config = ppo_config(updates=updates, optimizer={"schedule": "constant"}, checkpoints={"every": 99})
     model = with_adapters("llama")
     model.load("policy", run(root, config).artifact("adapter").path)
     return model.checksum("policy")
@@ -42,7 +42,7 @@ def test_a_held_out_score_that_falls_stops_the_run_and_the_best_is_kept(
     expected = policy_after(tmp_path / "two", 2)
     falling_scores(monkeypatch, [0.0, 1.0, 2.0, 1.5, 1.9])
     config = ppo_config(
-        updates=9, guard={**WATCHED, "patience": 2}, optimizer={"schedule": "constant"}, checkpoint_every=99
+        updates=9, guard={**WATCHED, "patience": 2}, optimizer={"schedule": "constant"}, checkpoints={"every": 99}
     )
     result = run(tmp_path / "guarded", config, inputs_of(tmp_path / "guarded"))
     assert (result.metrics["updates"], result.metrics["kept_update"]) == (4, 2)
@@ -88,7 +88,7 @@ def test_a_resumed_run_remembers_guard_controller_and_normaliser(
 ) -> None:
     config = ppo_config(
         updates=7,
-        checkpoint_every=1,
+        checkpoints={"every": 1},
         guard={**WATCHED, "patience": 5},
         kl={"controller": "adaptive", "target": 0.01, "horizon": 20},
         rewards={"normalize": "running"},

@@ -68,7 +68,7 @@ def test_a_policy_learns_to_say_what_is_rewarded(tmp_path: Path, monkeypatch: py
     model = resident()
     config = ppo_config(
         updates=10,
-        checkpoint_every=99,
+        checkpoints={"every": 99},
         rollout={"episodes": 32, "batch_size": 32},
         loss={"epochs": 2, "minibatches": 2, "micro_batch_size": 16},
         rewards={"normalize": "none", "missing_eos_penalty": 0.0},
@@ -166,7 +166,7 @@ def run_until(root: Path, config: PPOConfig, monkeypatch: pytest.MonkeyPatch, *,
 def test_a_resumed_run_gives_the_bytes_of_an_uninterrupted_one(
     critic: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = ppo_config(updates=5, checkpoint_every=2, critic={"kind": critic}, optimizer={"warmup_updates": 1})
+    config = ppo_config(updates=5, checkpoints={"every": 2}, critic={"kind": critic}, optimizer={"warmup_updates": 1})
     whole = run(tmp_path / "whole", config)
     # Update 4 (of 5) dies while learning: update 3 is in the metrics, but the newest checkpoint is of update 2
     run_until(tmp_path / "stopped", config, monkeypatch, update=3)
@@ -189,7 +189,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_the_bytes_are_the_same(
 
 
 def test_resuming_without_a_checkpoint_starts_at_the_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = ppo_config(checkpoint_every=9)
+    config = ppo_config(checkpoints={"every": 9})
     run(tmp_path / "whole", config)
     run_until(tmp_path / "stopped", config, monkeypatch, update=1)
     run(tmp_path / "stopped", config, resume=True)

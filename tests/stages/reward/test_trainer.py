@@ -187,7 +187,7 @@ class Scripted:
         self.best = KeepBest(
             self._look,
             scorer=self.scorer,
-            tensors=[self.state_of],
+            tensors={"x": self.state_of},
             settings=EarlyStoppingConfig(every=every, patience=patience),
             log=lambda step, loss: self.logged.append((step, loss)),
         )

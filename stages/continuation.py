@@ -1,0 +1,163 @@
+"""Checkpoints of what TRL's trainers train, and going on from one to the bit.
+
+A trainer's own checkpoints are pickles, and of a shared base it would save the whole. So a callback writes ours, and
+on a resume puts optimizer, schedule and random states back itself; the trainer is only told the step and the weights,
+by a temporary folder of two files that are not pickles. It then skips the rows it has had.
+"""
+
+import random
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from align.artifacts import write_json
+from align.checkpoints import Checkpoint, StageCheckpoints, optimizer_tensors, restore_optimizer
+from stages.trainer import ReportToTracker
+
+Groups = Mapping[str, Mapping[str, Tensor]]
+State = Mapping[str, object]
+
+
+class TrainerCheckpoints(TrainerCallback):
+    """Owns what of a trainer's state has to survive. Its callback stands after those whose state it saves.
+
+    Args:
+        start: what to continue from; one without a trainer's state is of before its first step.
+        also: what the stage wants kept beside, as (groups, state) of a checkpoint.
+        steps_before: of trainings before this one in the same stage.
+    """
+
+    def __init__(
+        self,
+        checkpoints: StageCheckpoints,
+        report: ReportToTracker,
+        *,
+        start: Checkpoint | None,
+        also: Callable[[], tuple[Groups, State]],
+        steps_before: int = 0,
+    ) -> None:
+        self._checkpoints = checkpoints
+        self._report = report
+        self._start = start if start is not None and "trainer" in start.state else None
+        self._also = also
+        self._steps_before = steps_before
+        self._epoch_random: dict[str, Tensor] = {}  # random states as its epoch began, which its order comes from
+        self._names: dict[Tensor, str] = {}
+        self._optimizer: Any = None
+        self._schedule: Any = None
+
+    def train(self, trainer: Trainer) -> int:
+        """Let it train, from where it was; returns the steps in all."""
+        if self._start is None:
+            return trainer.train().global_step
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            write_json(folder / "trainer_state.json", self._start.state["trainer"], durable=False)
+            save_file(dict(self._start.groups["trained"]), folder / "model.safetensors")
+            return trainer.train(resume_from_checkpoint=temporary).global_step
+
+    # ---- what the trainer calls ----
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        model: nn.Module = kwargs["model"]
+        self._names = {tensor: name for name, tensor in model.named_parameters() if tensor.requires_grad}
+        self._optimizer, self._schedule = kwargs["optimizer"], kwargs["lr_scheduler"]
+        if self._start is not None:
+            schedule = cast("dict[str, Any]", self._start.state["schedule"])
+            self._schedule.load_state_dict(schedule)
+            restore_optimizer(self._optimizer, self._names, self._start.groups["optimizer"])
+            for group, rate in zip(self._optimizer.param_groups, schedule["_last_lr"], strict=True):
+                group["lr"] = rate
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._start is not None:
+            put_random_states_back(self._start.groups["epoch_random"])
+            if _is_between_epochs(state):
+                self._start = None  # all is back
+        self._epoch_random = random_states()
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._start is not None:  # the rows before have been drawn and skipped
+            put_random_states_back(self._start.groups["random"])
+            self._start = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """The last thing of a step. One that ends the training needs no checkpoint."""
+        step = self._steps_before + state.global_step
+        is_last = control.should_training_stop or state.global_step == state.max_steps
+        if "loss" in (logs or {}) and not is_last and self._checkpoints.is_due(step):
+            self._save(step, state)
+
+    def _save(self, step: int, state: TrainerState) -> None:
+        own = random_states()
+        groups, also = self._also()
+        self._checkpoints.save(
+            step,
+            {
+                **groups,
+                "trained": {name: tensor.detach() for tensor, name in self._names.items()},
+                "optimizer": optimizer_tensors(self._optimizer, self._names),
+                "random": own,
+                "epoch_random": own if _is_between_epochs(state) else self._epoch_random,
+            },
+            {
+                **also,
+                "trainer": asdict(replace(state, log_history=[])),
+                "schedule": self._schedule.state_dict(),
+                "num_tokens": self._report.num_tokens,
+            },
+        )
+
+
+def tokens_before(start: Checkpoint | None) -> float:
+    """What ReportToTracker has to begin with."""
+    return 0.0 if start is None else float(str(start.state.get("num_tokens", 0)))
+
+
+def random_states() -> dict[str, Tensor]:
+    """Of Python, numpy, torch and each GPU, as tensors."""
+    version, numbers, _ = random.getstate()
+    _, keys, position, *_ = np.random.get_state(legacy=True)
+    states = {
+        "python": torch.tensor([version, *numbers], dtype=torch.int64),
+        "numpy": torch.tensor([*map(int, keys), int(position)], dtype=torch.int64),  # type: ignore[arg-type]
+        "torch": torch.get_rng_state(),
+    }
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return states | {f"gpu{number}": state for number, state in enumerate(gpus)}
+
+
+def put_random_states_back(states: Mapping[str, Tensor]) -> None:
+    version, *numbers = states["python"].tolist()
+    random.setstate((version, tuple(numbers), None))
+    *keys, position = states["numpy"].tolist()
+    np.random.set_state(("MT19937", np.array(keys, dtype=np.uint32), position, 0, 0.0))
+    torch.set_rng_state(states["torch"])
+    for number in range(torch.cuda.device_count()):
+        if f"gpu{number}" in states:
+            torch.cuda.set_rng_state(states[f"gpu{number}"], number)
+
+
+def _is_between_epochs(state: TrainerState) -> bool:
+    return float(state.epoch or 0.0).is_integer()
