@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from align.config import BaseModelConfig, ClusterConfig, Config
-from align.errors import AlignError, PlacementError, WorkerError
+from align.errors import AlignError, PlacementError, WorkerDiedError, WorkerError
 from align.installation import verify_worker
+from align.messages import last_words
 from align.worker import Outcome, StageCall, Worker
 
 ItemT = TypeVar("ItemT")
@@ -79,6 +80,7 @@ class Cluster:
         self._command = command
         self._is_ours = False
         self._group: Any = None
+        self._asked = Resources(1, 0)
         self._worker: Any = None
 
     def close(self) -> None:
@@ -103,32 +105,47 @@ class Cluster:
             AlignError: the worker's own, as it was raised there.
         """
         if self._worker is None:
-            self._is_ours = connect(self._config.cluster.address)
-            self._worker = self._place()
+            if self._group is None:
+                self._is_ours = connect(self._config.cluster.address)
+                self._place()
+            self._worker = self._new_worker()
             self._wait(self._worker.load.remote(), doing="loading the base model")
+
+    def drop_worker(self) -> None:
+        """Let go of one that has died; its place is kept for the one that `start` will start."""
+        import ray
+
+        ray.kill(self._worker)
+        self._worker = None
 
     def run(self, call: StageCall) -> Outcome:
         """Run one stage on the worker.
 
         Raises:
             AlignError: the stage's own, as it was raised there.
-            WorkerError: the worker died, or raised something else.
+            WorkerDiedError: the worker died.
+            WorkerError: it raised something else.
         """
         return self._wait(self._worker.run.remote(call), doing=call.step)
 
-    def _place(self) -> Any:
+    def _place(self) -> None:
         import ray
         from ray.util import placement_group
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
         nodes = [_as_resources(node["Resources"]) for node in ray.nodes() if node["Alive"]]
         cluster = self._config.cluster
-        asked = resources_to_ask(cluster, self._config.base, nodes)
+        self._asked = asked = resources_to_ask(cluster, self._config.base, nodes)
         bundle = {"CPU": float(asked.cpus), **({"GPU": float(asked.gpus)} if asked.gpus else {})}
         self._group = placement_group([bundle])
         if not self._group.wait(cluster.placement_timeout_seconds):
             free = ray.available_resources()
             raise PlacementError(explain_shortage(asked, nodes, free, seconds=cluster.placement_timeout_seconds))
+
+    def _new_worker(self) -> Any:
+        import ray
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        asked = self._asked
         strategy = PlacementGroupSchedulingStrategy(placement_group=self._group)
         actor = ray.remote(Worker).options(
             num_cpus=asked.cpus, num_gpus=asked.gpus, scheduling_strategy=strategy, max_restarts=0
@@ -155,9 +172,10 @@ class Cluster:
             ) from None
         except RayError as error:
             saved = self._save(error)
-            raise WorkerError(
-                f"the worker died ({doing}): {_condense(error)} (all that Ray says: {saved}). Continue with: "
-                f"{self._command} --resume"
+            said = last_words(self._run)
+            own = f" Its last words: {said}" if said else ""
+            raise WorkerDiedError(
+                f"the worker died ({doing}): {_condense(error)}{own} (all that Ray says: {saved})"
             ) from None
 
     def _save(self, error: Exception) -> Path:

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from align.artifacts import Artifact, read_json, write_json
+from align.artifacts import Artifact, newest_whole, read_json, write_json
 from align.base import resolve_base
 from align.cluster import Cluster, is_in_ray_job
 from align.config import Config
-from align.errors import AlignError, StoppedError, UsageError
+from align.errors import AlignError, StoppedError, UsageError, WorkerDiedError
 from align.handover import FinishedStep, begin, build_inputs, current_results, gather, read_finished, write_finished
 from align.installation import import_root, verify_current_folder
 from align.intake import StageData, parts_of_step, read_stage_data
@@ -64,11 +64,12 @@ def run_pipeline(
         AlignError: one message; its exit_code tells a wrong call from a failed run.
     """
     steps = steps_to_do(config, stage)
+    is_unattended = is_in_ray_job()
     run = run_folder(config)
     verify_current_folder()
     with occupied(run), _said_if_stopped(run, display, command):
         for step in steps:
-            refuse_unfinished(run / step, resume=resume, fresh=fresh, command=command)
+            refuse_unfinished(run / step, resume=resume or is_unattended, fresh=fresh, command=command)
         # Here, or a missing source would only be told after SFT and reward training
         sources = source_identities(config.ppo.rewards) if "ppo" in steps else {}
         base_identity = resolve_base(config.base).identity
@@ -81,7 +82,15 @@ def run_pipeline(
                 stage_data = data["ppo" if step == "evaluation" else step]
                 artifacts = gather(step, config, run, base_identity=base_identity, command=command)
                 prepared = prepare(step, config, stage_data, artifacts, sources, base_identity=base_identity)
-                decision = decide(step, run / step, prepared.fingerprint, resume=resume, fresh=fresh, command=command)
+                decision = decide(
+                    step,
+                    run / step,
+                    prepared.fingerprint,
+                    resume=resume,
+                    fresh=fresh,
+                    command=command,
+                    is_unattended=is_unattended,
+                )
                 if step == steps[0]:  # not before: a refused command leaves the config of what is there
                     (run / "config.yaml").write_text(dump(config), encoding="utf-8")
                     warn_of_stale(config, steps[0], run=run, base_identity=base_identity, display=display)
@@ -90,7 +99,8 @@ def run_pipeline(
                     cluster.start()  # ahead of begin, which clears the step's folder: first see that it can run
                     begin(run / step, prepared.fingerprint, keep=decision.kind == "resume")
                     watch.start()
-                    outcome = cluster.run(stage_call(step, stages[step], config, prepared, run, decision))
+                    call = stage_call(step, stages[step], config, prepared, run, decision)
+                    outcome = run_to_its_end(cluster, call, config.cluster.max_failures, display, command)
                     write_finished(run / step, finish(step, outcome, prepared, config))
                     journal.count(outcome)
                 journal.record()
@@ -138,6 +148,31 @@ def stage_call(
         resume=decision.kind == "resume",
         tensorboard=config.tracking.tensorboard,
     )
+
+
+def run_to_its_end(cluster: Cluster, call: StageCall, max_failures: int, display: Display, command: str) -> Outcome:
+    """Run a step; a worker that dies in it is started anew and goes on from the last checkpoint.
+
+    Raises:
+        WorkerDiedError: more than `max_failures` died.
+        AlignError: the step's own.
+    """
+    failures = 0
+    while True:
+        try:
+            cluster.start()
+            return cluster.run(call)
+        except WorkerDiedError as error:
+            failures += 1
+            if failures > max_failures:
+                raise WorkerDiedError(f"{error}. Continue with: {command} --resume") from None
+            checkpoint, _ = newest_whole(call.folder / "checkpoints")
+            where = "from the step's beginning" if checkpoint is None else f"after update {checkpoint.step}"
+            display.note(
+                f"warning: {error}; a new one ({failures} of cluster.max_failures {max_failures}) goes on {where}"
+            )
+            cluster.drop_worker()
+            call = replace(call, resume=checkpoint is not None)
 
 
 def finish(step: StepName, outcome: Outcome, prepared: Prepared, config: Config) -> FinishedStep:

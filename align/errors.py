@@ -46,6 +46,10 @@ class WorkerError(AlignError):
     """The worker died or raised something that is not one of ours; holds its cause."""
 
 
+class WorkerDiedError(WorkerError):
+    """The worker's process is gone; holds what is known of why. It can be started anew."""
+
+
 class RewardFunctionError(AlignError):
     """A user's reward function raised, was too slow, or gave back no number; names it and the response."""
 

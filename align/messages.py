@@ -3,7 +3,10 @@
 Only messages of our own packages pass; those of libraries stay in Ray's logs.
 """
 
+import faulthandler
 import logging
+import os
+import re
 import warnings
 from pathlib import Path
 from typing import TextIO
@@ -11,6 +14,8 @@ from typing import TextIO
 from align.installation import PACKAGES
 
 _FILE = "messages.log"
+_STDERR = "worker.log"
+_LAST_WORDS = 300  # characters
 
 
 class MessageReader:
@@ -58,6 +63,21 @@ def write_messages(run: Path, import_root: Path) -> None:
             show_elsewhere(message, category, filename, lineno, file, line)
 
     warnings.showwarning = show
+
+
+def keep_stderr(run: Path) -> None:
+    """Send what this process writes to stderr, a crash's trace among it, to the run's worker.log from now on."""
+    with (run / _STDERR).open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    faulthandler.enable(2)
+
+
+def last_words(run: Path) -> str:
+    """The end of worker.log on one line, without control characters; empty if there is none."""
+    path = run / _STDERR
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]|[^\S ]|[\x00-\x1f\x7f-\x9f]", " ", text)
+    return " ".join(plain.split())[-_LAST_WORDS:]
 
 
 class _OneLine(logging.Formatter):

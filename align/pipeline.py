@@ -111,8 +111,18 @@ def _change(key: str, old: object, new: object) -> str:
     return f"config {key} changed ({old} → {new})"
 
 
-def decide(step: StepName, folder: Path, parts: Fingerprint, *, resume: bool, fresh: bool, command: str) -> Decision:
-    """What to do about one step, whose folder is `folder`.
+def decide(
+    step: StepName,
+    folder: Path,
+    parts: Fingerprint,
+    *,
+    resume: bool,
+    fresh: bool,
+    command: str,
+    is_unattended: bool = False,
+) -> Decision:
+    """What to do about one step, whose folder is `folder`. Where nobody is there to ask, as in a Ray job that is
+    submitted again, an unfinished step goes on.
 
     Raises:
         UsageError: --resume, and the step's inputs are not what they were; or an unfinished step that neither
@@ -133,7 +143,7 @@ def decide(step: StepName, folder: Path, parts: Fingerprint, *, resume: bool, fr
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
         return Decision("run", "started before and did not finish" if _started(folder) else "not run yet")
-    refuse_unfinished(folder, resume=resume, fresh=fresh, command=command)
+    refuse_unfinished(folder, resume=resume or is_unattended, fresh=fresh, command=command)
     changed = changes(_started(folder) or {}, parts)
     if changed:
         raise UsageError(_refusal(step, changed, command))

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from align.config import AdaptersConfig, BaseModelConfig
 from align.errors import InvariantError, ModelError
 from align.installation import verify_worker
-from align.messages import write_messages
+from align.messages import keep_stderr, write_messages
 
 if TYPE_CHECKING:
     from align.adapters import AdaptedModel
@@ -73,6 +73,7 @@ class Worker:
         """Load the base, once. Returns its identity. Not part of __init__, whose errors Ray hides in a string."""
         verify_worker(self._import_root)
         write_messages(self._run, self._import_root)
+        keep_stderr(self._run)
         _quiet_libraries()
         import torch
 

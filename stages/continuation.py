@@ -141,7 +141,7 @@ def random_states() -> dict[str, Tensor]:
     _, keys, position, *_ = np.random.get_state(legacy=True)
     states = {
         "python": torch.tensor([version, *numbers], dtype=torch.int64),
-        "numpy": torch.tensor([*map(int, keys), int(position)], dtype=torch.int64),  # type: ignore[arg-type]
+        "numpy": torch.tensor([*map(int, keys), int(position)], dtype=torch.int64),
         "torch": torch.get_rng_state(),
     }
     gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []

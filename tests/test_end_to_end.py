@@ -6,23 +6,16 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from align.artifacts import sha256_of_file
+from tests.shell import TINY, Shell, descendants, finish, new_shell, reproducible, run_of, wait_until
 
-ROOT = Path(__file__).parent.parent
-TINY = ROOT / "configs" / "tiny.yaml"
 SIZES = ("ppo.updates=30", "ppo.checkpoints.every=1")  # long enough to be interrupted on a busy machine, too
 STEPS = ("sft", "reward", "ppo", "evaluation")
-REPRODUCIBLE = ("adapter", "head", "value_adapter", "metrics.jsonl")
-PATIENCE_SECONDS = 900.0  # for a machine that is busy with something else
 
 # issue 2, part 9
 SUMMARY_KEYS = {
@@ -48,49 +41,13 @@ SUMMARY_KEYS = {
 }
 
 
-@dataclass(frozen=True)
-class Shell:
-    """A user's: a home, and a folder in which the commands are run."""
-
-    folder: Path
-    environment: dict[str, str]
-
-    def start(self, *arguments: str | Path) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "align.cli", *map(str, arguments)],
-            cwd=self.folder,
-            env=self.environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            preexec_fn=hear_interrupts,
-        )
-
-    def align(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-        process = self.start(*arguments)
-        stdout, stderr = process.communicate(timeout=PATIENCE_SECONDS)
-        return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
-
-    def run_tiny(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        finished = self.align("run", TINY, *SIZES, *arguments)
-        assert finished.returncode == 0, finished.stderr
-        return finished
-
-
-def hear_interrupts() -> None:
-    """Whoever started the tests in the background may have had SIGINT ignored, which children inherit."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
-def new_shell(folder: Path, cache: Path) -> Shell:
-    """With a home of its own (Ray writes a token there), no hub, and nothing of Ray's that this process may hold."""
-    (folder / "home").mkdir()
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    own = {"HOME": str(folder / "home"), "ALIGN_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
-    return Shell(folder, {**kept, **own, "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"})
-
-
 NewShell = Callable[[str], Shell]
+
+
+def run_tiny(shell: Shell, *arguments: str) -> subprocess.CompletedProcess[str]:
+    finished = shell.align("run", TINY, *SIZES, *arguments)
+    assert finished.returncode == 0, finished.stderr
+    return finished
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +65,7 @@ def shell(shell_in: NewShell) -> Shell:
 def whole(shell_in: NewShell) -> tuple[Shell, subprocess.CompletedProcess[str]]:
     """One command that ran all stages, and its folder, to look at."""
     shell = shell_in("whole")
-    return shell, shell.run_tiny()
+    return shell, run_tiny(shell)
 
 
 @pytest.fixture(scope="module")
@@ -116,22 +73,12 @@ def staged(shell_in: NewShell) -> Shell:
     """Three commands, a stage each."""
     shell = shell_in("staged")
     for stage in ("sft", "reward", "ppo"):
-        shell.run_tiny("--stage", stage)
+        run_tiny(shell, "--stage", stage)
     return shell
-
-
-def run_of(shell: Shell) -> Path:
-    return shell.folder / "runs" / "tiny"
 
 
 def summary_of(shell: Shell) -> Any:
     return json.loads((run_of(shell) / "summary.json").read_text())
-
-
-def reproducible(run: Path) -> dict[str, str]:
-    """The hash of every file that the same command and seed must give again."""
-    files = [file for name in REPRODUCIBLE for path in run.glob(f"*/{name}") for file in (path, *path.rglob("*"))]
-    return {file.relative_to(run).as_posix(): sha256_of_file(file) for file in sorted(files) if file.is_file()}
 
 
 def steps_said(finished: subprocess.CompletedProcess[str]) -> list[str]:
@@ -140,46 +87,8 @@ def steps_said(finished: subprocess.CompletedProcess[str]) -> list[str]:
     return [line for line in finished.stdout.splitlines() if line.startswith(starts)]
 
 
-def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not is_so():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def newest_checkpoint(run: Path) -> int:
     return max((int(path.name.removeprefix("update-")) for path in run.glob("ppo/checkpoints/update-*")), default=0)
-
-
-def processes() -> Iterator[tuple[int, int, str]]:
-    """(pid, parent, title) of all that run."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            yield int(folder.name), parent, (folder / "cmdline").read_text().replace("\0", " ")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-
-
-def descendants(pid: int) -> dict[int, str]:
-    """The titles of all processes below `pid`."""
-    everything, found, new = list(processes()), dict[int, str](), {pid}
-    while new:
-        below = {child: title for child, parent, title in everything if parent in new and child not in found}
-        found |= below
-        new = set(below)
-    return found
-
-
-def finish(process: subprocess.Popen[str], below: dict[int, str]) -> subprocess.CompletedProcess[str]:
-    """Wait for a command that was interrupted. It leaves no process behind: `below` were its own."""
-    stdout, stderr = process.communicate(timeout=PATIENCE_SECONDS)
-    deadline = time.monotonic() + 60
-    while left := {pid for pid, _, title in processes() if below.get(pid) == title}:
-        assert time.monotonic() < deadline, {pid: below[pid] for pid in left}
-        time.sleep(0.2)
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 def test_one_command_runs_all_stages_and_leaves_every_number_that_is_promised(
@@ -204,7 +113,7 @@ def test_one_command_runs_all_stages_and_leaves_every_number_that_is_promised(
 def test_the_same_command_twice_gives_the_same_bytes(
     whole: tuple[Shell, subprocess.CompletedProcess[str]], shell: Shell
 ) -> None:
-    shell.run_tiny()
+    run_tiny(shell)
     made = reproducible(run_of(shell))
     assert made == reproducible(run_of(whole[0]))
     assert {"sft/metrics.jsonl", "reward/head/head.safetensors", "ppo/adapter/adapter_model.safetensors"} <= set(made)
@@ -223,7 +132,7 @@ def test_run_again_a_finished_run_is_left_as_it_is_and_ray_is_not_started(staged
     before = reproducible(run_of(staged))
     home = staged.folder / "another-home"  # Ray leaves a token in the home folder of whoever starts it
     home.mkdir()
-    again = Shell(staged.folder, {**staged.environment, "HOME": str(home)}).run_tiny()
+    again = run_tiny(Shell(staged.folder, {**staged.environment, "HOME": str(home)}))
     assert steps_said(again) == [f"{step}: skip (inputs unchanged)" for step in STEPS]
     assert "gold gain" in again.stdout
     assert reproducible(run_of(staged)) == before
@@ -237,7 +146,7 @@ def test_a_ppo_that_is_killed_and_then_stopped_ends_with_the_same_bytes(
     for step in ("sft", "reward"):
         shutil.copytree(run_of(staged) / step, run / step)
 
-    process = shell.start("run", TINY, *SIZES)
+    process = shell.start("run", TINY, *SIZES, "cluster.max_failures=0")
     wait_until(lambda: newest_checkpoint(run) >= 2, process)
     below = descendants(process.pid)
     (worker,) = (pid for pid, title in below.items() if title.startswith("ray::Worker"))
@@ -262,7 +171,7 @@ def test_a_ppo_that_is_killed_and_then_stopped_ends_with_the_same_bytes(
     assert stopped.stderr.count("\n") == 1
     assert not (run / "ppo" / "result.json").exists()
 
-    shell.run_tiny("--resume")
+    run_tiny(shell, "--resume")
     assert reproducible(run) == reproducible(run_of(whole[0]))
     assert summary_of(shell)["eval"] == summary_of(whole[0])["eval"]
 

@@ -201,6 +201,9 @@ class ClusterConfig(Section):
     )
     gpus: int | None = Field(default=None, ge=0, le=1, description="of the worker; one if there is one, if not given")
     placement_timeout_seconds: float = Field(default=10.0, gt=0)
+    max_failures: int = Field(
+        default=2, ge=0, description="deaths of the worker in a step after which it is started anew and goes on"
+    )
 
 
 class TrackingConfig(Section):

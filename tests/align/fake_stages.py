@@ -1,6 +1,7 @@
 """Stages that only write what a stage writes, with tricks for the tests of the driver. They run in a Ray worker."""
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def fake_reward(config: Any, inputs: Any, context: StageContext) -> StageResult:
 def fake_ppo(config: Any, inputs: Any, context: StageContext) -> StageResult:
     started_at = 2 if context.resume else 0
     if context.resume:
-        context.tracker.rewind({})
+        context.tracker.rewind({"timings.jsonl": 1})
     return StageResult("ppo", (_write(context, "adapter", "p"),), {"first_update": started_at})
 
 
@@ -45,6 +46,15 @@ def failing_somehow(config: Any, inputs: Any, context: StageContext) -> StageRes
 
 def dying(config: Any, inputs: Any, context: StageContext) -> StageResult:
     os._exit(7)
+
+
+def dying_once(config: Any, inputs: Any, context: StageContext) -> StageResult:
+    """With a checkpoint behind it and a word on stderr."""
+    if not context.resume:
+        stopping = _write(context, "checkpoint", "c", name="checkpoints/update-00002")
+        print(f"\x1b[31mno more room for {stopping.kind}\x1b[0m", file=sys.stderr, flush=True)
+        os._exit(7)
+    return fake_ppo(config, inputs, context)
 
 
 def touching_the_base(config: Any, inputs: Any, context: StageContext) -> StageResult:

@@ -17,6 +17,7 @@ from align.errors import (
     PlacementError,
     StoppedError,
     UsageError,
+    WorkerDiedError,
     WorkerError,
 )
 from align.randomness import stage_seed
@@ -180,7 +181,7 @@ def test_a_refused_command_leaves_the_config_of_what_is_there(
 
 def test_the_time_of_a_resumed_step_holds_what_was_kept_of_the_stopped_one(folder: Path, ray_cluster: None) -> None:
     with pytest.raises(WorkerError):
-        run(folder, change={"ppo": fake_stages.stopping_half_way})
+        run(folder, "cluster.max_failures=0", change={"ppo": fake_stages.stopping_half_way})
     seconds = run(folder, resume=True)["seconds"]
     assert seconds["ppo"] > 1000
     assert seconds["install_excluded_total"] > 1000
@@ -207,7 +208,28 @@ def test_any_other_error_is_told_with_its_type_and_where_its_traceback_is(folder
 
 def test_the_death_of_the_worker_is_told_with_its_cause_and_how_to_go_on(folder: Path, ray_cluster: None) -> None:
     with pytest.raises(WorkerError, match=rf"the worker died \(sft\): .*exit.*{COMMAND} --resume"):
-        run(folder, stage="sft", change={"sft": fake_stages.dying})
+        run(folder, "cluster.max_failures=0", stage="sft", change={"sft": fake_stages.dying})
+
+
+def test_a_worker_that_dies_is_started_anew_and_goes_on(folder: Path, ray_cluster: None) -> None:
+    summary = run(folder, change={"ppo": fake_stages.dying_once}, display=(seen := Recorder()))
+    assert summary["ppo"] == {"first_update": 2}
+    (warning,) = [note for note in seen.notes if note.startswith("warning: the worker died (ppo)")]
+    assert "Its last words: no more room for checkpoint (" in warning
+    assert warning.endswith("a new one (1 of cluster.max_failures 2) goes on after update 2")
+
+
+def test_a_worker_that_dies_again_and_again_ends_the_run(folder: Path, ray_cluster: None) -> None:
+    seen = Recorder()
+    with pytest.raises(WorkerDiedError, match=rf"the worker died \(sft\): .*{COMMAND} --resume"):
+        run(
+            folder,
+            "cluster.max_failures=1",
+            stage="sft",
+            change={"sft": fake_stages.dying},
+            display=seen,
+        )
+    assert ["goes on from the step's beginning" in note for note in seen.notes if "died" in note] == [True]
 
 
 def test_a_stage_that_changes_the_base_goes_red(folder: Path, ray_cluster: None) -> None:
@@ -220,8 +242,8 @@ def test_a_stopped_ppo_is_resumed_or_discarded_as_asked(folder: Path, ray_cluste
     run(folder, stage="sft")
     run(folder, stage="reward")
     with pytest.raises(WorkerError):
-        run(folder, change={"ppo": fake_stages.stopping_half_way})
-    with pytest.raises(UsageError, match="unfinished PPO"):
+        run(folder, "cluster.max_failures=0", change={"ppo": fake_stages.stopping_half_way})
+    with pytest.raises(UsageError, match="unfinished ppo"):
         run(folder)
     with pytest.raises(UsageError, match=r"ppo\.updates changed"):
         run(folder, "ppo.updates=8", resume=True)

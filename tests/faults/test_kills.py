@@ -1,0 +1,100 @@
+"""Kill -9 at random instants of tiny.yaml's stages: what is resumed ends with the bytes of a run that nobody killed.
+
+The short form kills a worker and a driver once in each stage; FAULTS=20 (make faults) each of them at 20 instants.
+"""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from align.artifacts import read_json
+from align.handover import read_finished
+from tests.shell import TINY, Shell, descendants, finish, new_shell, reproducible, run_of, wait_until
+
+pytestmark = pytest.mark.slow
+
+STAGES = ("sft", "reward", "ppo")
+# Long enough to be hit anywhere, with a checkpoint after each update
+SIZES = (
+    *("sft.epochs=12", "sft.checkpoints.every=1", "reward.epochs=12", "reward.checkpoints.every=1"),
+    *("ppo.updates=12", "ppo.checkpoints.every=1", "adapters.dropout=0.1"),
+)
+COUNT = int(os.environ.get("FAULTS", "3"))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The run that nobody killed."""
+
+    shell: Shell
+    seconds: dict[str, float]  # of each stage
+
+    @property
+    def run(self) -> Path:
+        return run_of(self.shell)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    shell = new_shell(tmp_path_factory.mktemp("whole"), tmp_path_factory.getbasetemp() / "align-cache")
+    finished = shell.align("run", TINY, *SIZES)
+    assert finished.returncode == 0, finished.stderr
+    steps = {stage: read_finished(run_of(shell) / stage) for stage in STAGES}
+    return Whole(shell, {stage: step.vitals.seconds for stage, step in steps.items() if step is not None})
+
+
+def start_until(instant: int, whole: Whole, shell: Shell) -> subprocess.Popen[str]:
+    """Start a run that has the stages before, and come back at a random instant of the stage."""
+    stage = STAGES[instant % len(STAGES)]
+    run = run_of(shell)
+    for earlier in STAGES[: STAGES.index(stage)]:
+        shutil.copytree(whole.run / earlier, run / earlier)
+    process = shell.start("run", TINY, *SIZES)
+    wait_until(lambda: (run / stage / "started.json").exists(), process)
+    time.sleep(random.Random(instant).random() * whole.seconds[stage])
+    return process
+
+
+def worker_of(below: dict[int, str]) -> int:
+    return next(pid for pid, title in below.items() if title.startswith("ray::Worker"))
+
+
+@pytest.fixture
+def shell(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Shell:
+    return new_shell(tmp_path, tmp_path_factory.getbasetemp() / "align-cache")
+
+
+@pytest.mark.parametrize("instant", range(COUNT))
+def test_a_run_whose_worker_is_killed_goes_on_by_itself_to_the_same_bytes(
+    instant: int, whole: Whole, shell: Shell
+) -> None:
+    process = start_until(instant, whole, shell)
+    below = descendants(process.pid)
+    os.kill(worker_of(below), signal.SIGKILL)
+    finished = finish(process, descendants(process.pid) | below)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("warning: the worker died (") == 1, finished.stdout
+    assert "Traceback" not in finished.stdout + finished.stderr
+    assert reproducible(run_of(shell)) == reproducible(whole.run)
+
+
+@pytest.mark.parametrize("instant", range(COUNT, 2 * COUNT))
+def test_a_run_whose_driver_is_killed_is_resumed_to_the_same_bytes(instant: int, whole: Whole, shell: Shell) -> None:
+    process = start_until(instant, whole, shell)
+    below = descendants(process.pid)
+    process.kill()
+    finish(process, below)
+    finished = shell.align("run", TINY, *SIZES, "--resume")
+    assert finished.returncode == 0, finished.stderr
+    assert reproducible(run_of(shell)) == reproducible(whole.run)
+    summary, other = (read_json(run / "summary.json") for run in (run_of(shell), whole.run))
+    assert isinstance(summary, dict)
+    assert isinstance(other, dict)
+    assert all(summary[section] == other[section] for section in ("sft", "reward", "ppo", "eval"))
