@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-gpu bars lint wheel clean
+.PHONY: help venv quickstart test test-gpu faults bars lint wheel clean
 
 help: ## this list
 	@echo "make TARGET, where TARGET is:"
@@ -31,6 +31,9 @@ test: venv ## the tests that need no GPU and little time
 
 test-gpu: venv ## the tests that need a GPU
 	$(BIN)/pytest -m gpu
+
+faults: venv ## workers and drivers killed at 20 random instants each (half an hour)
+	FAULTS=20 $(BIN)/pytest -m slow tests/faults
 
 bars: venv ## every benchmark, held against its bars (hours; each alone: python -m tests.benchmarks NAME)
 	$(BIN)/python -m tests.benchmarks trl-parity

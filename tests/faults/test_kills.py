@@ -1,6 +1,6 @@
 """Kill -9 at random instants of tiny.yaml's stages: what is resumed ends with the bytes of a run that nobody killed.
 
-The short form kills a worker and a driver once in each stage; FAULTS=20 (make faults) each of them at 20 instants.
+The short form kills twice a worker and twice a driver, in all three stages; FAULTS=20 (make faults) each 20 times.
 """
 
 import os
@@ -26,7 +26,8 @@ SIZES = (
     *("sft.epochs=12", "sft.checkpoints.every=1", "reward.epochs=12", "reward.checkpoints.every=1"),
     *("ppo.updates=12", "ppo.checkpoints.every=1", "adapters.dropout=0.1"),
 )
-COUNT = int(os.environ.get("FAULTS", "3"))
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
+COUNT = int(os.environ.get("FAULTS", "2"))
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,8 @@ def test_a_run_whose_driver_is_killed_is_resumed_to_the_same_bytes(instant: int,
     process = start_until(instant, whole, shell)
     below = descendants(process.pid)
     process.kill()
-    finish(process, below)
+    # Ray's agents look for their dead control service for a minute before they end; they hold nothing of the run
+    finish(process, {pid: title for pid, title in below.items() if not title.startswith(AGENTS)})
     finished = shell.align("run", TINY, *SIZES, "--resume")
     assert finished.returncode == 0, finished.stderr
     assert reproducible(run_of(shell)) == reproducible(whole.run)
