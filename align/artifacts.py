@@ -1,9 +1,10 @@
 """Directories that are whole or not there: artifacts and checkpoints, with the SHA-256 of every file.
 
 A directory is written under a temporary name, every file fsynced, `manifest.json` added, then renamed. Reading
-verifies it. No clock enters a manifest, so equal states are equal bytes.
+verifies it, the manifest by its own digest. No clock enters a manifest, so equal states are equal bytes.
 """
 
+import glob
 import hashlib
 import json
 import os
@@ -75,13 +76,14 @@ def write_directory(
 ) -> Artifact:
     """Let `fill` write files into a temporary folder, then put it at `path` in one rename, replacing what was there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):  # by a process that was killed at this
+        shutil.rmtree(left, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         fill(temporary)
         files = _hash_files(temporary)
         meta = {"kind": kind, "stage": stage, "step": step, "base_identity": base_identity, "files": files}
-        write_json(temporary / MANIFEST, meta)
+        write_json(temporary / MANIFEST, {**meta, "digest": sha256_of_json(meta)})
         for name in (*files, "."):
             _fsync(temporary / name)
         if path.exists():  # a rename cannot replace a folder that is not empty
@@ -129,6 +131,8 @@ def read_artifact(path: Path, *, base_identity: str | None = None) -> Artifact:
     meta = read_json(path / MANIFEST)
     if not isinstance(meta, dict) or not {"kind", "stage", "step", "base_identity", "files"} <= meta.keys():
         raise ArtifactError(f"{path / MANIFEST} is not a manifest of align; run the stage again")
+    if meta.pop("digest", None) != sha256_of_json(meta):
+        raise ArtifactError(f"{path} is damaged: {MANIFEST} is not as it was written; run the stage again")
     actual, expected = _hash_files(path), meta["files"]
     if actual != expected:
         names = sorted(name for name in {*actual, *expected} if actual.get(name) != expected.get(name))
