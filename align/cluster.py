@@ -4,6 +4,8 @@ import logging
 import os
 import pickle
 import re
+import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,6 +196,7 @@ def connect(address: str) -> bool:
     if address == "local" and is_in_ray_job():
         address = "auto"
     is_own = address == "local"
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     for attempt in (1, 2):
         try:
             ray.init(
@@ -210,6 +213,10 @@ def connect(address: str) -> bool:
             if attempt == 1 and is_own and _SLOW_START in str(error):
                 continue
             raise PlacementError(_no_connection(address, error, is_own=is_own)) from error
+    if (
+        callable(on_sigterm) and threading.current_thread() is threading.main_thread()
+    ):  # Ray puts its own in place, which also prints a stack
+        signal.signal(signal.SIGTERM, on_sigterm)
     return True
 
 

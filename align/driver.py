@@ -1,5 +1,8 @@
 """The driver: reads the data, decides step by step what is to be done, and has the worker do it."""
 
+import os
+import signal
+import threading
 import time
 from collections.abc import Generator, Mapping
 from contextlib import closing, contextmanager
@@ -11,7 +14,7 @@ from align.artifacts import Artifact, newest_whole, read_json, write_json
 from align.base import resolve_base
 from align.cluster import Cluster, is_in_ray_job
 from align.config import Config
-from align.errors import AlignError, StoppedError, UsageError, WorkerDiedError
+from align.errors import AlignError, StoppedError, TerminatedError, UsageError, WorkerDiedError
 from align.handover import FinishedStep, begin, build_inputs, current_results, gather, read_finished, write_finished
 from align.installation import import_root, verify_current_folder
 from align.intake import StageData, parts_of_step, read_stage_data
@@ -67,7 +70,7 @@ def run_pipeline(
     is_unattended = is_in_ray_job()
     run = run_folder(config)
     verify_current_folder()
-    with occupied(run), _said_if_stopped(run, display, command):
+    with occupied(run), _said_if_stopped(run, display, command), heard_signals():
         for step in steps:
             refuse_unfinished(run / step, resume=resume or is_unattended, fresh=fresh, command=command)
         # Here, or a missing source would only be told after SFT and reward training
@@ -256,6 +259,28 @@ class Watch:
 
 
 @contextmanager
+def heard_signals() -> Generator[None]:
+    """Ctrl-C and SIGTERM end what is inside in good order; a Ctrl-C after that ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # where no signal comes
+        return
+
+    def end_at_once(number: int, frame: object) -> None:
+        os._exit(StoppedError.exit_code)
+
+    def end(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, end_at_once)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(TerminatedError.exit_code)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def _said_if_stopped(run: Path, display: Display, command: str) -> Generator[None]:
     """Leave a word in the run folder for `align status`, and turn Ctrl-C into a message that says how to go on."""
     try:
@@ -268,6 +293,8 @@ def _said_if_stopped(run: Path, display: Display, command: str) -> Generator[Non
         raise StoppedError(f"stopped; finished stages and checkpoints are kept. Continue: {command} --resume") from None
     except SystemExit:  # Ray turns SIGTERM into it
         write_end(run, "terminated")
-        raise
+        raise TerminatedError(
+            f"terminated; finished stages and checkpoints are kept. Continue: {command} --resume"
+        ) from None
     finally:
         display.close()

@@ -62,3 +62,9 @@ class StoppedError(AlignError):
     """The user stopped the run (Ctrl-C); says how to continue it."""
 
     exit_code = 130
+
+
+class TerminatedError(StoppedError):
+    """The run was asked to end (SIGTERM); says how to continue it."""
+
+    exit_code = 143

@@ -2,6 +2,8 @@
 
 import fcntl
 import json
+import os
+import socket
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,16 +74,21 @@ def occupied(run: Path) -> Generator[None]:
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        file = (run / _LOCK).open("a")
+        file = (run / _LOCK).open("a+")
     except OSError as error:
         raise UsageError(f"cannot write into the run folder {run}: {error}; choose another run.root") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            file.seek(0)
+            who = file.read().strip() or "pid and host unknown"
             raise UsageError(
-                f"{run} is in use by another `align run`; wait for it, or choose another run.name"
+                f"{run} is in use by another `align run` ({who}); wait for it, or choose another run.name"
             ) from None
+        file.truncate(0)
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
         (run / "stopped.json").unlink(missing_ok=True)
         yield
 

@@ -139,7 +139,7 @@ def test_run_again_a_finished_run_is_left_as_it_is_and_ray_is_not_started(staged
     assert not list(home.glob(".ray*"))
 
 
-def test_a_ppo_that_is_killed_and_then_stopped_ends_with_the_same_bytes(
+def test_a_ppo_that_is_killed_stopped_and_terminated_ends_with_the_same_bytes(
     whole: tuple[Shell, subprocess.CompletedProcess[str]], staged: Shell, shell: Shell
 ) -> None:
     run = run_of(shell)
@@ -170,6 +170,15 @@ def test_a_ppo_that_is_killed_and_then_stopped_ends_with_the_same_bytes(
     assert stopped.stderr.startswith("error: stopped; finished stages and checkpoints are kept.")
     assert stopped.stderr.count("\n") == 1
     assert not (run / "ppo" / "result.json").exists()
+
+    second = newest_checkpoint(run)
+    process = shell.start("run", TINY, *SIZES, "--resume")
+    wait_until(lambda: newest_checkpoint(run) >= second + 2, process)
+    process.send_signal(signal.SIGTERM)
+    terminated = finish(process, descendants(process.pid))
+    assert terminated.returncode == 143
+    assert terminated.stderr.startswith("error: terminated; finished stages and checkpoints are kept.")
+    assert terminated.stderr.count("\n") == 1
 
     run_tiny(shell, "--resume")
     assert reproducible(run) == reproducible(run_of(whole[0]))

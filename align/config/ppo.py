@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from align.config.section import CheckpointsConfig, Schedule, Section
+from align.config.section import PPOCheckpointsConfig, Schedule, Section
 
 
 class RolloutConfig(Section):
@@ -183,7 +183,7 @@ class GuardConfig(Section):
 
 class PPOConfig(Section):
     updates: int = Field(default=100, ge=1)
-    checkpoints: CheckpointsConfig = CheckpointsConfig()
+    checkpoints: PPOCheckpointsConfig = PPOCheckpointsConfig()
     rollout: RolloutConfig = RolloutConfig()
     kl: KLConfig = KLConfig()
     rewards: RewardsConfig = RewardsConfig()

@@ -17,3 +17,7 @@ class CheckpointsConfig(Section):
     every: int | None = Field(default=None, ge=1, description="updates; in sft and reward optimizer steps")
     every_minutes: float | None = Field(default=5.0, gt=0, description="after the update in which they have passed")
     keep_last: int = Field(default=2, ge=1)
+
+
+class PPOCheckpointsConfig(CheckpointsConfig):
+    every: int | None = Field(default=1, ge=1, description="updates: one costs little beside a rollout")

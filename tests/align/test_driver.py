@@ -1,5 +1,8 @@
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -249,6 +252,34 @@ def test_a_stopped_ppo_is_resumed_or_discarded_as_asked(folder: Path, ray_cluste
         run(folder, "ppo.updates=8", resume=True)
     assert run(folder, resume=True)["ppo"] == {"first_update": 2}
     assert run(folder, stage="ppo", fresh=True)["ppo"] == {"first_update": 0}
+
+
+def hear_interrupts() -> None:
+    """Whoever started the tests in the background may have had SIGINT ignored, which children inherit."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_a_second_interrupt_ends_at_once_whatever_the_first_is_still_tidying_up() -> None:
+    program = """
+import time
+from align.driver import heard_signals
+with heard_signals():
+    print("up", flush=True)
+    try:
+        time.sleep(600)
+    finally:
+        print("tidying up", flush=True)
+        time.sleep(600)
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
+    )
+    with process:
+        assert process.stdout is not None
+        for said in ("up", "tidying up"):
+            assert process.stdout.readline().strip() == said
+            process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
 
 
 def test_what_ray_cannot_place_is_said(folder: Path, ray_cluster: None) -> None:

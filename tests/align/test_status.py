@@ -1,4 +1,5 @@
 import json
+import os
 import time
 from pathlib import Path
 
@@ -63,7 +64,11 @@ def test_a_run_that_has_only_its_config_is_not_started(tmp_path: Path) -> None:
 
 
 def test_a_second_driver_is_kept_out_of_a_run_folder(tmp_path: Path) -> None:
-    with occupied(tmp_path), pytest.raises(UsageError, match="in use by another"), occupied(tmp_path):
+    with (
+        occupied(tmp_path),
+        pytest.raises(UsageError, match=rf"in use by another `align run` \(pid {os.getpid()} on .+\)"),
+        occupied(tmp_path),
+    ):
         pass
     with occupied(tmp_path):
         pass

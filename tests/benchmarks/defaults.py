@@ -112,7 +112,9 @@ def config_of(name: str) -> PPOConfig:
     }
     change = VARIANTS[name]
     sections = {key: {**sizes.get(key, {}), **change.get(key, {})} for key in (*sizes, *change)}
-    return PPOConfig.model_validate({"updates": recipe.updates, "checkpoints": {"every_minutes": None}, **sections})
+    return PPOConfig.model_validate(
+        {"updates": recipe.updates, "checkpoints": {"every": None, "every_minutes": None}, **sections}
+    )
 
 
 def _train(job: Job, folder: Path) -> None:

@@ -36,7 +36,7 @@ def _config(recipe: Recipe, critic: str) -> PPOConfig:
     return PPOConfig.model_validate(
         {
             "updates": recipe.updates,
-            "checkpoints": {"every_minutes": None},
+            "checkpoints": {"every": None, "every_minutes": None},
             "rollout": {
                 "episodes": recipe.episodes,
                 "temperature": recipe.temperature,

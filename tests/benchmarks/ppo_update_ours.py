@@ -45,7 +45,7 @@ def _config(task: Task, critic: str) -> PPOConfig:
     return PPOConfig.model_validate(
         {
             "updates": task.updates,
-            "checkpoints": {"every_minutes": None},
+            "checkpoints": {"every": None, "every_minutes": None},
             "rollout": {
                 "episodes": task.episodes,
                 "temperature": task.temperature,

@@ -72,9 +72,12 @@ def test_damage_to_any_file_is_found_and_the_checkpoint_before_is_taken(
 
 
 def test_no_bit_of_a_manifest_can_flip_unseen(tmp_path: Path) -> None:
+    def fill(folder: Path) -> None:
+        (folder / "weights").write_text("w")
+
     artifact = write_directory(
         tmp_path / "adapter",
-        lambda folder: (folder / "weights").write_text("w") and None,
+        fill,
         kind="adapter",
         stage="sft",
         step=3,
