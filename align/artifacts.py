@@ -131,7 +131,9 @@ def read_artifact(path: Path, *, base_identity: str | None = None) -> Artifact:
     meta = read_json(path / MANIFEST)
     if not isinstance(meta, dict) or not {"kind", "stage", "step", "base_identity", "files"} <= meta.keys():
         raise ArtifactError(f"{path / MANIFEST} is not a manifest of align; run the stage again")
-    if meta.pop("digest", None) != sha256_of_json(meta):
+    if "digest" not in meta:
+        raise ArtifactError(f"{path / MANIFEST} is of an earlier version of align, or damaged; make {path.name} again")
+    if meta.pop("digest") != sha256_of_json(meta):
         raise ArtifactError(f"{path} is damaged: {MANIFEST} is not as it was written; run the stage again")
     actual, expected = _hash_files(path), meta["files"]
     if actual != expected:
