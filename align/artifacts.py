@@ -4,10 +4,10 @@ A directory is written under a temporary name, every file fsynced, `manifest.jso
 verifies it, the manifest by its own digest. No clock enters a manifest, so equal states are equal bytes.
 """
 
-import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -76,8 +76,7 @@ def write_directory(
 ) -> Artifact:
     """Let `fill` write files into a temporary folder, then put it at `path` in one rename, replacing what was there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):  # by a process that was killed at this
-        shutil.rmtree(left, ignore_errors=True)
+    shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         fill(temporary)
@@ -99,6 +98,16 @@ def write_directory(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return _as_artifact(path, meta)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what writers that were killed left in a folder that is all ours, and that nobody writes to now."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if re.fullmatch(r"\..+\.\d+\.(tmp|old)", path.name):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
 
 
 def _fsync(path: Path) -> None:

@@ -213,10 +213,8 @@ def connect(address: str) -> bool:
             if attempt == 1 and is_own and _SLOW_START in str(error):
                 continue
             raise PlacementError(_no_connection(address, error, is_own=is_own)) from error
-    if (
-        callable(on_sigterm) and threading.current_thread() is threading.main_thread()
-    ):  # Ray puts its own in place, which also prints a stack
-        signal.signal(signal.SIGTERM, on_sigterm)
+    if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # in place of Ray's, which also prints a stack
     return True
 
 

@@ -6,7 +6,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from align.artifacts import MANIFEST, Artifact, read_artifact, read_json, sha256_of_file, sha256_of_json, write_json
+from align.artifacts import (
+    MANIFEST,
+    Artifact,
+    clear_leftovers,
+    read_artifact,
+    read_json,
+    sha256_of_file,
+    sha256_of_json,
+    write_json,
+)
 from align.config import Config
 from align.context import (
     EvaluationInputs,
@@ -118,6 +127,8 @@ def _maker(key: str) -> str | None:
 def begin(folder: Path, fingerprint: Mapping[str, object], *, keep: bool) -> None:
     """Make a step's folder ready and note what it is started with. Without `keep`, what stood there goes."""
     folder.mkdir(parents=True, exist_ok=True)
+    for own in (folder, folder / "checkpoints"):
+        clear_leftovers(own)
     for path in () if keep else sorted(folder.iterdir()):
         if path.is_dir():
             shutil.rmtree(path)

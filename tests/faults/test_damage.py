@@ -10,6 +10,7 @@ import pytest
 from align.artifacts import MANIFEST, newest_whole, read_artifact, write_directory
 from align.checkpoints import load_newest
 from align.errors import ArtifactError
+from align.handover import begin
 from stages.ppo.train import run_ppo
 from tests.resident import resident
 from tests.stages.scenes import context_of, ppo_config, ppo_inputs
@@ -97,7 +98,10 @@ def test_no_bit_of_a_manifest_can_flip_unseen(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_writer_left_is_cleared_away(tmp_path: Path) -> None:
-    for left in (".adapter.123.tmp", ".adapter.123.old"):
-        (tmp_path / left).mkdir()
-    write_directory(tmp_path / "adapter", lambda folder: None, kind="adapter", stage="sft", step=1, base_identity="a")
-    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    for folder in (tmp_path, tmp_path / "checkpoints"):
+        for left in (".adapter.123.tmp", ".adapter.123.old", "adapter", ".mine.tmp"):
+            (folder / left).mkdir(parents=True)
+        (folder / ".result.json.7.tmp").touch()
+    begin(tmp_path, {}, keep=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", ".mine.tmp", "checkpoints", "started.json"}
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"adapter", ".mine.tmp"}
