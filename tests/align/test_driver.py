@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 import align.cluster
+import align.driver
 from align import settings
 from align.driver import run_pipeline
 from align.errors import (
@@ -241,7 +242,9 @@ def test_a_stage_that_changes_the_base_goes_red(folder: Path, ray_cluster: None)
     assert not (run_of(folder) / "sft" / "result.json").exists()
 
 
-def test_a_stopped_ppo_is_resumed_or_discarded_as_asked(folder: Path, ray_cluster: None) -> None:
+def test_a_stopped_ppo_is_resumed_or_discarded_as_asked_and_goes_on_in_a_job(
+    folder: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(folder, stage="sft")
     run(folder, stage="reward")
     with pytest.raises(WorkerError):
@@ -250,7 +253,9 @@ def test_a_stopped_ppo_is_resumed_or_discarded_as_asked(folder: Path, ray_cluste
         run(folder)
     with pytest.raises(UsageError, match=r"ppo\.updates changed"):
         run(folder, "ppo.updates=8", resume=True)
-    assert run(folder, resume=True)["ppo"] == {"first_update": 2}
+    with monkeypatch.context() as patch:
+        patch.setattr(align.driver, "is_in_ray_job", lambda: True)
+        assert run(folder)["ppo"] == {"first_update": 2}
     assert run(folder, stage="ppo", fresh=True)["ppo"] == {"first_update": 0}
 
 

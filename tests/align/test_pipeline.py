@@ -65,8 +65,15 @@ def leave_checkpoint(folder: Path, parts: Mapping[str, object], *, update: int =
 def void(_: object) -> None: ...
 
 
-def decided(folder: Path, parts: Mapping[str, object], *, resume: bool = False, fresh: bool = False) -> Decision:
-    return decide("ppo", folder, parts, resume=resume, fresh=fresh, command=COMMAND)
+def decided(
+    folder: Path,
+    parts: Mapping[str, object],
+    *,
+    resume: bool = False,
+    fresh: bool = False,
+    is_unattended: bool = False,
+) -> Decision:
+    return decide("ppo", folder, parts, resume=resume, fresh=fresh, command=COMMAND, is_unattended=is_unattended)
 
 
 def test_evaluation_follows_ppo_and_only_ppo(tmp_path: Path) -> None:
@@ -175,6 +182,14 @@ def test_an_unfinished_ppo_is_neither_continued_nor_discarded_unasked(tmp_path: 
         refuse_unfinished(tmp_path / "ppo", resume=False, fresh=False, command=COMMAND)
     assert decided(tmp_path / "ppo", parts, fresh=True).kind == "run"
     assert (tmp_path / "ppo" / "checkpoints" / "update-00010").is_dir()
+
+
+def test_where_nobody_is_there_to_ask_an_unfinished_step_goes_on_unless_it_changed(tmp_path: Path) -> None:
+    parts = parts_of(config_with(tmp_path))
+    leave_checkpoint(tmp_path / "ppo", parts)
+    assert decided(tmp_path / "ppo", parts, is_unattended=True).kind == "resume"
+    with pytest.raises(UsageError, match=r"ppo\.updates changed"):
+        decided(tmp_path / "ppo", parts_of(config_with(tmp_path, "ppo.updates=77")), is_unattended=True)
 
 
 def test_resume_continues_after_the_newest_whole_checkpoint(tmp_path: Path) -> None:
