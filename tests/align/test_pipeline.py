@@ -188,8 +188,8 @@ def test_where_nobody_is_there_to_ask_an_unfinished_step_goes_on_unless_it_chang
     parts = parts_of(config_with(tmp_path))
     leave_checkpoint(tmp_path / "ppo", parts)
     assert decided(tmp_path / "ppo", parts, is_unattended=True).kind == "resume"
-    with pytest.raises(UsageError, match=r"ppo\.updates changed"):
-        decided(tmp_path / "ppo", parts_of(config_with(tmp_path, "ppo.updates=77")), is_unattended=True)
+    with pytest.raises(UsageError, match=r"sft\.epochs changed"):
+        decided(tmp_path / "ppo", parts_of(config_with(tmp_path, "sft.epochs=3")), is_unattended=True)
 
 
 def test_resume_continues_after_the_newest_whole_checkpoint(tmp_path: Path) -> None:
