@@ -234,7 +234,7 @@ def _load_whole(
         model, info = cast(
             "tuple[PreTrainedModel, dict[str, list[str]]]",
             AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=trust, output_loading_info=True
+                folder, dtype=dtype, trust_remote_code=trust, use_safetensors=True, output_loading_info=True
             ),
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

@@ -41,7 +41,9 @@ class Classifier:
             tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
             loaded, info = cast(
                 "tuple[Any, dict[str, Any]]",
-                AutoModelForSequenceClassification.from_pretrained(model, revision=revision, output_loading_info=True),
+                AutoModelForSequenceClassification.from_pretrained(
+                    model, revision=revision, use_safetensors=True, output_loading_info=True
+                ),
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ModelError(f"{where} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
