@@ -9,11 +9,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from align.errors import ArtifactError
+from safetensors import SafetensorError
+
+from align.errors import ArtifactError, StorageError
 
 MANIFEST = "manifest.json"
 
@@ -44,16 +47,28 @@ def _hash_files(folder: Path) -> dict[str, str]:
     return {name: sha256_of_file(folder / name) for name in names}
 
 
+@contextmanager
+def writing(path: Path) -> Generator[None]:
+    """StorageError, with `path`, for whatever the system has against writing to it."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # safetensors has an error of its own for a full disk
+        raise StorageError(
+            f"cannot write {path}: {error}. Free space, or choose another place; what was finished before is kept."
+        ) from error
+
+
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
     """Write a file whole or not at all; `durable` also waits until it is on the disk."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
+        with writing(path):
+            with temporary.open("w", encoding="utf-8") as file:
+                file.write(text)
+                if durable:
+                    file.flush()
+                    os.fsync(file.fileno())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -77,24 +92,23 @@ def write_directory(
     """Let `fill` write files into a temporary folder, then put it at `path` in one rename, replacing what was there."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     try:
-        fill(temporary)
-        files = _hash_files(temporary)
-        meta = {"kind": kind, "stage": stage, "step": step, "base_identity": base_identity, "files": files}
-        write_json(temporary / MANIFEST, {**meta, "digest": sha256_of_json(meta)})
-        for name in (*files, "."):
-            _fsync(temporary / name)
-        if path.exists():  # a rename cannot replace a folder that is not empty
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
-            path.rename(old)
-            temporary.rename(path)
-            shutil.rmtree(old)
-        else:
-            temporary.rename(path)
-        _fsync(path.parent)
-    except OSError as error:
-        raise ArtifactError(f"cannot write {path}: {error}. Free space, or choose another place.") from error
+        with writing(path):
+            temporary.mkdir(parents=True)
+            fill(temporary)
+            files = _hash_files(temporary)
+            meta = {"kind": kind, "stage": stage, "step": step, "base_identity": base_identity, "files": files}
+            write_json(temporary / MANIFEST, {**meta, "digest": sha256_of_json(meta)})
+            for name in (*files, "."):
+                _fsync(temporary / name)
+            if path.exists():  # a rename cannot replace a folder that is not empty
+                old = path.with_name(f".{path.name}.{os.getpid()}.old")
+                path.rename(old)
+                temporary.rename(path)
+                shutil.rmtree(old)
+            else:
+                temporary.rename(path)
+            _fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return _as_artifact(path, meta)

@@ -34,6 +34,12 @@ class ArtifactError(UsageError):
     """An artifact or checkpoint is missing, damaged, or was made on another base."""
 
 
+class StorageError(ArtifactError):
+    """Something cannot be written: the disk is full, read-only or gone; names the file and what stays."""
+
+    exit_code = 1
+
+
 class InstallationError(AlignError):
     """`align`, `stages` and `data` come from different places on this machine; names both paths."""
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from align.artifacts import write_json, write_text
+from align.artifacts import write_json, write_text, writing
 from align.errors import InvariantError
 
 _LOGS = ("metrics.jsonl", "timings.jsonl")
@@ -120,5 +120,6 @@ class Tracker:
             self._writer.close()
 
     def _append(self, name: str, values: Mapping[str, float]) -> None:
-        with (self._folder / name).open("a", encoding="utf-8") as file:
+        path = self._folder / name
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")

@@ -1,0 +1,58 @@
+"""A disk that is full while a stage writes: one clear error, the checkpoint before loads, and the run goes on later."""
+
+import subprocess
+from collections.abc import Generator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from align.errors import StorageError
+from align.tracking import Tracker
+from tests.stages.scenes import hashes_of
+from tests.stages.test_continuation import sft
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Generator[Path]:
+    """4 MB of memory, mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"needs leave to mount: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def fill_up(ballast: Path, *, room: int) -> None:
+    """Write until nothing fits, then leave so many bytes."""
+    with suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    with ballast.open("rb+") as file:
+        file.truncate(ballast.stat().st_size - room)
+
+
+@pytest.mark.parametrize("room", [0, 100_000], ids=["none", "for some of the files"])
+def test_a_disk_that_fills_up_costs_what_came_after_the_last_checkpoint(
+    room: int, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sft(tmp_path / "whole")
+    ballast = small_disk / "ballast"
+    own: Any = Tracker.log
+
+    def log(tracker: Tracker, step: int, metrics: dict[str, float]) -> None:
+        own(tracker, step, metrics)
+        if step == 4:  # its checkpoint comes next
+            fill_up(ballast, room=room)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "log", log)
+        with pytest.raises(StorageError, match=r"cannot write .*No space left on device.*is kept"):
+            sft(small_disk)
+    assert [path.name for path in (small_disk / "sft" / "checkpoints").iterdir()] == ["update-00002"]
+    ballast.unlink()
+    sft(small_disk, resume=True)
+    assert hashes_of(small_disk / "sft") == hashes_of(tmp_path / "whole" / "sft")
