@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from align.artifacts import write_text
-from align.errors import UsageError
+from align.errors import StorageError, UsageError
 from align.show import printable
 from data.ingestion.inspection import Example, Inspection, Share
 from data.ingestion.parts import Part
@@ -38,8 +38,8 @@ def write_page(path: Path, view: RenderableType) -> None:
     console.print(view)
     try:
         write_text(path, console.export_html())
-    except OSError as error:
-        raise UsageError(f"--html: cannot write {path}: {error}; choose another file") from None
+    except StorageError as error:
+        raise UsageError(f"--html: cannot write {path}: {error.__cause__}; choose another file") from None
 
 
 def _table(title: str, *columns: str, texts: int = 1) -> Table:
