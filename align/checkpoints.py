@@ -24,13 +24,17 @@ from align.context import StageContext
 _log = logging.getLogger(__name__)
 
 
+Groups = Mapping[str, Mapping[str, Tensor]]  # a file's name to its tensors
+State = Mapping[str, Any]  # JSON
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """`groups` maps a file's name to its tensors; `state` is JSON (update, controller, what must survive)."""
+    """What must survive: tensors, and in `state` the rest (controller, schedule, ...)."""
 
     step: int
-    groups: Mapping[str, Mapping[str, Tensor]]
-    state: Mapping[str, object]
+    groups: Groups
+    state: State
 
 
 def environment() -> dict[str, object]:
@@ -126,8 +130,8 @@ class StageCheckpoints:
         is_time = minutes is not None and time.monotonic() - self._saved >= 60 * minutes
         return is_time or (every is not None and step % every == 0)
 
-    def save(self, step: int, groups: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, object]) -> None:
-        """`state` is JSON. What has been logged so far comes before the step, what is logged later after it."""
+    def save(self, step: int, groups: Groups, state: State) -> None:
+        """What has been logged so far comes before the step, what is logged later after it."""
         checkpoint = Checkpoint(step, groups, {**state, "lines": self._context.tracker.settle()})
         save_checkpoint(
             self._folder,
@@ -145,6 +149,5 @@ class StageCheckpoints:
         checkpoint, notes = load_newest(self._folder, base_identity=self._context.model.base_identity)
         for note in notes:
             _log.warning(note)
-        lines: Any = {} if checkpoint is None else checkpoint.state["lines"]
-        self._context.tracker.rewind(lines)
+        self._context.tracker.rewind({} if checkpoint is None else checkpoint.state["lines"])
         return checkpoint

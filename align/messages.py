@@ -76,7 +76,7 @@ def last_words(run: Path) -> str:
     """The end of worker.log on one line, without control characters; empty if there is none."""
     path = run / _STDERR
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]|[^\S ]|[\x00-\x1f\x7f-\x9f]", " ", text)
+    plain = re.sub(r"\x1b\[[0-9;]*[A-Za-z]|[\x00-\x1f\x7f-\x9f]", " ", text)
     return " ".join(plain.split())[-_LAST_WORDS:]
 
 

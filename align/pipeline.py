@@ -19,10 +19,11 @@ from align.handover import FinishedStep, read_finished
 
 StepName = Literal["sft", "reward", "ppo", "evaluation"]
 Fingerprint = Mapping[str, object]
-_CHECKPOINTS = tuple(CheckpointsConfig.model_fields)
 
 # What changes what a step keeps on its way, not what comes out.
-_WITHOUT_EFFECT = frozenset(f"{step}.checkpoints.{key}" for step in ("sft", "reward", "ppo") for key in _CHECKPOINTS)
+_WITHOUT_EFFECT = frozenset(
+    f"{step}.checkpoints.{key}" for step in ("sft", "reward", "ppo") for key in CheckpointsConfig.model_fields
+)
 # These name files; their contents stand in the fingerprint instead, as input.* hashes.
 _BY_CONTENT = frozenset({"sft.adapter", "reward.adapter"})
 

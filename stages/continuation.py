@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,11 +19,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.artifacts import write_json
-from align.checkpoints import Checkpoint, StageCheckpoints, optimizer_tensors, restore_optimizer
+from align.checkpoints import Checkpoint, Groups, StageCheckpoints, State, optimizer_tensors, restore_optimizer
 from stages.trainer import ReportToTracker
-
-Groups = Mapping[str, Mapping[str, Tensor]]
-State = Mapping[str, object]
 
 
 class TrainerCheckpoints(TrainerCallback):
@@ -73,7 +70,7 @@ class TrainerCheckpoints(TrainerCallback):
         self._names = {tensor: name for name, tensor in model.named_parameters() if tensor.requires_grad}
         self._optimizer, self._schedule = kwargs["optimizer"], kwargs["lr_scheduler"]
         if self._start is not None:
-            schedule = cast("dict[str, Any]", self._start.state["schedule"])
+            schedule = self._start.state["schedule"]
             self._schedule.load_state_dict(schedule)
             restore_optimizer(self._optimizer, self._names, self._start.groups["optimizer"])
             for group, rate in zip(self._optimizer.param_groups, schedule["_last_lr"], strict=True):
@@ -132,7 +129,7 @@ class TrainerCheckpoints(TrainerCallback):
 
 def tokens_before(start: Checkpoint | None) -> float:
     """What ReportToTracker has to begin with."""
-    return 0.0 if start is None else float(str(start.state.get("num_tokens", 0)))
+    return 0.0 if start is None else start.state.get("num_tokens", 0.0)
 
 
 def random_states() -> dict[str, Tensor]:

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from align.artifacts import Artifact, write_directory
-from align.checkpoints import StageCheckpoints
 from align.config import RewardConfig
 from align.context import RewardInputs, StageContext, StageResult, member_suffixes
 from align.episodes import Episode
@@ -58,8 +57,7 @@ def run_reward(config: RewardConfig, inputs: RewardInputs, context: StageContext
     evidence, account = tokenize(config, inputs, codec, context)
     context.load_sft(inputs.sft)
     members = add_members(config, inputs, context)
-    checkpoints = StageCheckpoints(config.checkpoints, context)
-    trained = Members(model, checkpoints).train(members, evidence, config, codec, context)
+    trained = Members(evidence, config, codec, context).train(members)
 
     tracker.progress(0, 2, "SFT answers")
     answers = sample_answers(inputs, codec, context)

@@ -15,14 +15,13 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from trl.trainer.reward_config import RewardConfig as TRLConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
-from align.adapters import AdaptedModel
-from align.checkpoints import Checkpoint, StageCheckpoints
+from align.checkpoints import Checkpoint, Groups, StageCheckpoints, State
 from align.config import EarlyStoppingConfig, RewardConfig
 from align.context import StageContext
 from align.errors import InvariantError
 from align.restore import lent
 from data.tokenization import Codec
-from stages.continuation import Groups, State, TrainerCheckpoints, tokens_before
+from stages.continuation import TrainerCheckpoints, tokens_before
 from stages.reward import objective
 from stages.reward.evidence import Evidence, Labels, collate_rows
 from stages.reward.scorer import Member, score, scorer_on_trunk
@@ -118,7 +117,7 @@ class KeepBest(TrainerCallback):
 
     def restore(self, checkpoint: Checkpoint) -> None:
         if "best" in checkpoint.state:
-            numbers: Any = checkpoint.state["best"]
+            numbers = checkpoint.state["best"]
             self._best_loss, self._looks_since = numbers["best_loss"], numbers["looks_since"]
             self._best, self.best_step = dict(checkpoint.groups["best"]), numbers["best_step"]
 
@@ -150,55 +149,44 @@ class Members:
     A checkpoint's step counts the optimizer steps of all of them, and it holds what the finished ones have become.
     """
 
-    def __init__(self, model: AdaptedModel, checkpoints: StageCheckpoints) -> None:
-        self._model = model
-        self._checkpoints = checkpoints
-        self._start = checkpoints.resume()
-        self._finished: dict[str, Mapping[str, Tensor]] = {}
-        self._trainings: list[Training] = []
+    def __init__(self, evidence: Evidence, config: RewardConfig, codec: Codec, context: StageContext) -> None:
+        self._evidence, self._config, self._codec, self._context = evidence, config, codec, context
+        self._checkpoints = StageCheckpoints(config.checkpoints, context)
+        self._finished: list[tuple[Member, Training]] = []
 
-    def train(
-        self, members: Sequence[Member], evidence: Evidence, config: RewardConfig, codec: Codec, context: StageContext
-    ) -> list[Training]:
-        done: Any = [] if self._start is None else self._start.state["finished"]
+    def train(self, members: Sequence[Member]) -> list[Training]:
+        """Train those that a stopped run had not finished."""
+        start = self._checkpoints.resume()
+        done = [] if start is None else start.state["finished"]
         for number, member in enumerate(members):
-            if number < len(done):
-                assert self._start is not None
-                self._put_back(member, self._start)
-                self._end(member, Training(**done[number]))
-                continue
-            start = self._start if number == len(done) else None
-            self._end(member, self._train(member, evidence, config, codec, context, start))
-            if number < len(members) - 1:
+            if start is not None and number < len(done):
+                for name, tensor in self._tensors(member).items():
+                    tensor.data.copy_(start.groups[member.name][name])
+                training = Training(**done[number])
+            else:
+                training = self._train(member, start if number == len(done) else None)
+            member.head.requires_grad_(False)
+            self._finished.append((member, training))
+            if len(done) <= number < len(members) - 1:
                 self._checkpoints.save(self._steps, *self._state())
-        return self._trainings
+        return [training for _, training in self._finished]
 
     @property
     def _steps(self) -> int:
-        return sum(training.steps for training in self._trainings)
+        return sum(training.steps for _, training in self._finished)
 
-    def _put_back(self, member: Member, start: Checkpoint) -> None:
-        for name, tensor in tensors_of(self._model, member).items():
-            tensor.data.copy_(start.groups[member.name][name])
-
-    def _end(self, member: Member, training: Training) -> None:
-        member.head.requires_grad_(False)
-        self._finished[member.name] = tensors_of(self._model, member)
-        self._trainings.append(training)
+    def _tensors(self, member: Member) -> dict[str, Tensor]:
+        """Of its adapter and its head, by name."""
+        head = {f"head/{name}": tensor for name, tensor in member.head.named_parameters()}
+        return {**self._context.model.tensors(member.name), **head}
 
     def _state(self) -> tuple[Groups, State]:
-        return dict(self._finished), {"finished": [asdict(training) for training in self._trainings]}
+        groups = {member.name: self._tensors(member) for member, _ in self._finished}
+        return groups, {"finished": [asdict(training) for _, training in self._finished]}
 
-    def _train(
-        self,
-        member: Member,
-        evidence: Evidence,
-        config: RewardConfig,
-        codec: Codec,
-        context: StageContext,
-        start: Checkpoint | None,
-    ) -> Training:
+    def _train(self, member: Member, start: Checkpoint | None) -> Training:
         """Let RewardTrainer train the member's adapter, which is there already, and its head."""
+        evidence, config, codec, context = self._evidence, self._config, self._codec, self._context
         model, tracker = context.model, context.tracker
         rows = evidence.train_rows()
 
@@ -215,7 +203,7 @@ class Members:
             best = KeepBest(
                 look,
                 scorer=scorer,
-                tensors=tensors_of(model, member),
+                tensors=self._tensors(member),
                 settings=config.early_stopping,
                 log=lambda step, loss: tracker.log(step, {f"{member.name}/held_out_loss": loss}),
             )
@@ -242,8 +230,3 @@ class Members:
             steps = kept.train(trainer)
             best.put_back()
         return Training(steps, best.best_step or steps)
-
-
-def tensors_of(model: AdaptedModel, member: Member) -> dict[str, Tensor]:
-    """Of its adapter and its head, by name."""
-    return {**model.tensors(member.name), **{f"head/{name}": t for name, t in member.head.named_parameters()}}

@@ -54,7 +54,7 @@ def run_sft(config: SFTConfig, inputs: SFTInputs, context: StageContext) -> Stag
             on_progress=lambda done, total: tracker.progress(done, total, "held-out NLL"),
         )
 
-    nll_before = measure() if start is None else float(str(start.state["nll_before"]))
+    nll_before = measure() if start is None else start.state["nll_before"]
     report = ReportToTracker(tracker, "sft", tokens_before=tokens_before(start))
     kept = TrainerCheckpoints(checkpoints, report, start=start, also=lambda: ({}, {"nll_before": nll_before}))
     with (

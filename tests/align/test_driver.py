@@ -29,6 +29,7 @@ from align.status import Status, read_state
 from align.worker import StageFunction
 from tests.align import fake_stages
 from tests.align.recipe import write_recipe, write_rows
+from tests.shell import hear_interrupts
 
 COMMAND = "align run small.yaml"
 
@@ -257,11 +258,6 @@ def test_a_stopped_ppo_is_resumed_or_discarded_as_asked_and_goes_on_in_a_job(
         patch.setattr(align.driver, "is_in_ray_job", lambda: True)
         assert run(folder)["ppo"] == {"first_update": 2}
     assert run(folder, stage="ppo", fresh=True)["ppo"] == {"first_update": 0}
-
-
-def hear_interrupts() -> None:
-    """Whoever started the tests in the background may have had SIGINT ignored, which children inherit."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_a_second_interrupt_ends_at_once_whatever_the_first_is_still_tidying_up() -> None:
