@@ -23,7 +23,7 @@ class QuietDisplay:
 
     def note(self, text: str) -> None:
         if text.startswith(("warning", "error")):
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
     def step(self, name: str, text: str) -> None: ...
 
@@ -40,7 +40,7 @@ class PlainDisplay:
         self._last_line = 0.0
 
     def note(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        print(printable(text), file=self._stream, flush=True)
 
     def step(self, name: str, text: str) -> None:
         self.note(f"{name}: {text}")
@@ -66,7 +66,7 @@ class BarDisplay:
         self._bars.start()
 
     def note(self, text: str) -> None:
-        self._bars.console.print(Text(text))
+        self._bars.console.print(printable(text))
 
     def step(self, name: str, text: str) -> None:
         if self._bar is not None:
@@ -197,7 +197,7 @@ def _samples(samples: Sequence[Section]) -> list[RenderableType]:
 
 
 def printable(text: str) -> Text:
-    """A model may write anything, also what a terminal would obey."""
+    """A model or a row of data may hold anything, also what a terminal would obey."""
     return Text("".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text))
 
 
@@ -240,7 +240,7 @@ def state_view(state: RunState) -> RenderableType:
         for name, value in status.metrics.items():
             table.add_row("", Text(f"{name} {value:.4g}"))
     if state.error is not None and state.state == "stopped":
-        table.add_row("why", Text(state.error))
+        table.add_row("why", printable(state.error))
     return table
 
 
@@ -251,7 +251,7 @@ def check_view(rows: Sequence[tuple[str, str, str]]) -> RenderableType:
         table.add_column(column, overflow="fold")
     for what, verdict, detail in rows:
         style = {"ok": "green", "wrong": "red"}.get(verdict, "yellow")
-        table.add_row(Text(what), Text(verdict, style), Text(detail))
+        table.add_row(printable(what), Text(verdict, style), printable(detail))
     return table
 
 

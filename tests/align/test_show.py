@@ -3,8 +3,8 @@ import io
 import pytest
 from rich.console import Console, RenderableType
 
-from align.show import BarDisplay, PlainDisplay, QuietDisplay, summary_view
-from align.status import Status
+from align.show import BarDisplay, PlainDisplay, QuietDisplay, check_view, state_view, summary_view
+from align.status import RunState, Status
 
 SUMMARY: dict[str, object] = {
     "sft": {"nll_before": 3.25, "nll_after": 2.5},
@@ -91,6 +91,26 @@ def test_a_terminal_shows_a_bar_with_what_is_done_and_the_pace() -> None:
     assert "2/4" in text
     assert "1.0/s" in text
     assert "warning: [not markup]" in text
+
+
+@pytest.mark.parametrize("kind", ["quiet", "plain", "bar"])
+def test_what_is_noted_cannot_steer_the_terminal(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    stream = io.StringIO()
+    displays = {"quiet": QuietDisplay(), "plain": PlainDisplay(stream), "bar": BarDisplay(Console(file=stream))}
+    displays[kind].note("warning: row 3 holds \x1b]0;mine\x07 and \x9b2J\nand goes on")
+    displays[kind].close()
+    text = stream.getvalue() + "".join(capsys.readouterr())
+    assert (
+        "holds \N{REPLACEMENT CHARACTER}]0;mine\N{REPLACEMENT CHARACTER} and \N{REPLACEMENT CHARACTER}2J\nand" in text
+    )
+    assert not {"\x1b", "\x07", "\x9b"} & set(text)
+
+
+def test_status_and_check_cannot_steer_the_terminal_either() -> None:
+    state = RunState("stopped", (), (), None, "said \x1b[2J")
+    text = rendered(state_view(state)) + rendered(check_view([("a\x1bb", "wrong", "c\x1bd")]))
+    assert "\x1b" not in text
+    assert text.count("\N{REPLACEMENT CHARACTER}") == 3
 
 
 def test_quiet_still_says_warnings_and_says_them_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
