@@ -13,6 +13,7 @@ from align.artifacts import sha256_of_file
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
+SECRETS = {name: f"{name}-must-not-be-kept" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")}
 PATIENCE_SECONDS = 900.0  # for a machine that is busy with something else
 _REPRODUCIBLE = ("adapter", "head", "value_adapter", "metrics.jsonl")
 
@@ -47,11 +48,12 @@ def hear_interrupts() -> None:
 
 
 def new_shell(folder: Path, cache: Path) -> Shell:
-    """With a home of its own (Ray writes a token there), no hub, and nothing of Ray's that this process may hold."""
+    """With a home of its own (Ray writes a token there), no hub, secrets, and nothing of Ray's that this process may
+    hold."""
     (folder / "home").mkdir()
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     own = {"HOME": str(folder / "home"), "ALIGN_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
-    return Shell(folder, {**kept, **own, "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"})
+    return Shell(folder, {**kept, **own, **SECRETS, "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"})
 
 
 def run_of(shell: Shell) -> Path:

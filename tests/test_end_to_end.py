@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.shell import TINY, Shell, descendants, finish, new_shell, reproducible, run_of, wait_until
+from tests.shell import SECRETS, TINY, Shell, descendants, finish, new_shell, reproducible, run_of, wait_until
 
 SIZES = ("ppo.updates=30", "ppo.checkpoints.every=1")  # long enough to be interrupted on a busy machine, too
 STEPS = ("sft", "reward", "ppo", "evaluation")
@@ -108,6 +108,20 @@ def test_one_command_runs_all_stages_and_leaves_every_number_that_is_promised(
         assert said in finished.stdout
     assert finished.stdout.rstrip().endswith(f"results: {run_of(shell)}")
     assert finished.stderr == ""
+
+
+def test_what_the_environment_keeps_secret_is_neither_written_nor_said(
+    whole: tuple[Shell, subprocess.CompletedProcess[str]],
+) -> None:
+    shell, finished = whole
+    secrets = [*SECRETS.values(), *((shell.folder / "home").rglob("auth_token"))]
+    secrets = [secret.read_text().strip() if isinstance(secret, Path) else secret for secret in secrets]
+    assert len(secrets) == 4  # Ray's token is the fourth
+    files = {path: path.read_bytes() for path in run_of(shell).rglob("*") if path.is_file()}
+    assert len(files) > 20
+    for secret in secrets:
+        assert [path for path, content in files.items() if secret.encode() in content] == []
+        assert secret not in finished.stdout + finished.stderr
 
 
 def test_the_same_command_twice_gives_the_same_bytes(
