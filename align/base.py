@@ -50,6 +50,11 @@ class Base:
     dtype: "torch.dtype"
     is_compiled: bool = False  # its decoder layers, in the passes of PPO
 
+    @property
+    def context_length(self) -> int | None:
+        """Tokens of a row that the model has positions for; None if it does not say."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
     def codec(self, system_prompt: str | None) -> Codec:
         return make_codec(self.tokenizer, eos_ids=self.eos_ids, system_prompt=system_prompt)
 

@@ -4,6 +4,7 @@ Tensors stand in safetensors files, the rest in sorted JSON, so that equal state
 """
 
 import logging
+import math
 import platform
 import shutil
 import time
@@ -17,9 +18,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from align.artifacts import Artifact, newest_whole, read_artifact, read_json, write_directory, write_json
-from align.config import CheckpointsConfig
+from align.artifacts import (
+    Artifact,
+    checkpoint_folders,
+    newest_whole,
+    read_artifact,
+    read_json,
+    write_directory,
+    write_json,
+)
+from align.config import BestCheckpointsConfig, CheckpointsConfig
 from align.context import StageContext
+from align.errors import ArtifactError
 
 _log = logging.getLogger(__name__)
 
@@ -70,8 +80,11 @@ def restore_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, stage: str, base_identity: str, keep: int) -> Artifact:
-    """Write `folder/update-00010` in one step, then delete all but the newest `keep` up to it.
+def save_checkpoint(
+    folder: Path, checkpoint: Checkpoint, *, stage: str, base_identity: str, keep: int, keep_best: int = 0
+) -> Artifact:
+    """Write `folder/update-00010` in one step, then delete all up to it but the newest `keep` and the `keep_best` whose
+    state has the highest "quality".
 
     Later ones can only be damaged and passed over by the resume that led here: they go too.
     """
@@ -87,11 +100,22 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, stage: str, base_id
     artifact = write_directory(
         path, fill, kind="checkpoint", stage=stage, step=checkpoint.step, base_identity=base_identity
     )
-    kept = sorted(other for other in folder.glob("update-*") if other.name <= path.name)[-keep:]
-    for other in folder.glob("update-*"):
-        if other not in kept:
+    there = [other for other in checkpoint_folders(folder) if other.name <= path.name]
+    best = sorted(there, key=_quality)[-keep_best:] if keep_best else []
+    for other in checkpoint_folders(folder):
+        if other not in there[-keep:] and not (other in best and _quality(other) > -math.inf):
             shutil.rmtree(other)
     return artifact
+
+
+def _quality(checkpoint: Path) -> float:
+    """-inf for one that was not looked at, and for one that cannot be read."""
+    try:
+        state = read_json(checkpoint / "state.json")
+    except ArtifactError:
+        return -math.inf
+    quality = state.get("quality") if isinstance(state, dict) else None
+    return quality if isinstance(quality, float) else -math.inf
 
 
 def load_newest(folder: Path, *, base_identity: str) -> tuple[Checkpoint | None, list[str]]:
@@ -125,20 +149,29 @@ class StageCheckpoints:
         self._folder = context.folder / "checkpoints"
         self._saved = time.monotonic()  # or begun: either way what is later would be lost
 
-    def is_due(self, step: int) -> bool:
+    def is_due(self, step: int, quality: float | None = None) -> bool:
+        """`quality` is what a look at held-out data has just said, where there was one: higher is better."""
+        if quality is not None and self._keep_best:
+            return True
         every, minutes = self._config.every, self._config.every_minutes
         is_time = minutes is not None and time.monotonic() - self._saved >= 60 * minutes
         return is_time or (every is not None and step % every == 0)
 
-    def save(self, step: int, groups: Groups, state: State) -> None:
+    @property
+    def _keep_best(self) -> int:
+        return self._config.keep_best if isinstance(self._config, BestCheckpointsConfig) else 0
+
+    def save(self, step: int, groups: Groups, state: State, quality: float | None = None) -> None:
         """What has been logged so far comes before the step, what is logged later after it."""
-        checkpoint = Checkpoint(step, groups, {**state, "lines": self._context.tracker.settle()})
+        own = {"lines": self._context.tracker.settle(), "split": self._context.split, "quality": quality}
+        checkpoint = Checkpoint(step, groups, {**state, **own})
         save_checkpoint(
             self._folder,
             checkpoint,
             stage=self._context.folder.name,
             base_identity=self._context.model.base_identity,
             keep=self._config.keep_last,
+            keep_best=self._keep_best,
         )
         self._saved = time.monotonic()
 

@@ -31,7 +31,9 @@ def _one_message() -> Generator[None]:
     try:
         yield
     except AlignError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        from align.show import printable  # it may quote a row or a response
+
+        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         print("error: stopped", file=sys.stderr, flush=True)
@@ -70,6 +72,10 @@ def run(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue a stopped run.")] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Discard what is there of the stages to be run.")] = False,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="With --resume: go on though this has changed since; may be given again."),
+    ] = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
@@ -77,6 +83,8 @@ def run(
     with _one_message():
         if resume and fresh:
             raise ConfigError("--resume continues what --fresh discards: give one of them")
+        if allow_change and not resume:
+            raise ConfigError("--allow-change is about what --resume goes on from: give both")
         _ours_only()
         from align import settings
         from align.driver import run_folder, run_pipeline
@@ -93,6 +101,7 @@ def run(
                 stage=stage,
                 resume=resume,
                 fresh=fresh,
+                allowed=allow_change or (),
             )
         if as_json:
             print(json.dumps(summary, indent=1))

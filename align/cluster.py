@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from align.config import BaseModelConfig, ClusterConfig, Config
-from align.errors import AlignError, PlacementError, WorkerDiedError, WorkerError
+from align.errors import AlignError, OutOfMemoryError, PlacementError, WorkerDiedError, WorkerError
 from align.installation import verify_worker
 from align.messages import last_words
 from align.worker import Outcome, StageCall, Worker
@@ -156,6 +156,7 @@ class Cluster:
 
     def _wait(self, reference: Any, *, doing: str) -> Any:
         import ray
+        from ray.exceptions import OutOfMemoryError as RayOutOfMemoryError
         from ray.exceptions import RayError, RayTaskError
 
         while not ray.wait([reference], timeout=_POLL_SECONDS)[0]:
@@ -174,6 +175,8 @@ class Cluster:
             ) from None
         except RayError as error:
             saved = self._save(error)
+            if isinstance(error, RayOutOfMemoryError):
+                raise OutOfMemoryError(f"out of memory in {doing}: {_condense(error)} (Ray: {saved})") from None
             said = last_words(self._run)
             own = f" Its last words: {said}" if said else ""
             raise WorkerDiedError(

@@ -2,13 +2,13 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from align.artifacts import Artifact
 from align.config import RewardsConfig, RolloutConfig
-from align.errors import DataError
+from align.errors import ConfigError, DataError
 from align.tracking import Tracker
 from data.records import Account, Comparison, Demonstration, PlainText, Prompt, Reject, Verdict
 from data.rejects import check_rate, describe, write_rejects
@@ -45,8 +45,38 @@ class StageContext:
     system_prompt: str | None
     max_reject_rate: float
     resume: bool = False
+    split: int = 1  # parts that a micro-batch is computed in, since memory did not do for it whole; divides its size
     rank: int = 0
     world_size: int = 1
+
+    def part_of(self, batch_size: int) -> int:
+        """What is computed at once of a batch."""
+        return max(1, batch_size // self.split)
+
+    def fitting_length(self, key: str, length: int, *, reserved: int = 0) -> int:
+        """`length` tokens, the setting `key`, or what the base's context has beside the reserved ones if that is less.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        positions = self.model.base.context_length
+        if positions is None or length + reserved <= positions:
+            return length
+        beside = f" beside a response of {reserved}" if reserved else ""
+        if positions <= reserved:
+            raise ConfigError(f"{key}: the base's context of {positions} tokens has room for none{beside}: shorten it")
+        logging.getLogger(__name__).warning(
+            "%s is %d, more than the base's context of %d tokens has%s: %d is used",
+            *(key, length, positions, beside, positions - reserved),
+        )
+        return positions - reserved
+
+    def fitting_sampling(self, sampling: Sampling) -> Sampling:
+        """What memory and the base's context have room for."""
+        length = self.fitting_length(
+            "ppo.rollout.max_prompt_length", sampling.max_prompt_length, reserved=sampling.max_response_length
+        )
+        return replace(sampling, batch_size=self.part_of(sampling.batch_size), max_prompt_length=length)
 
     def load_sft(self, artifact: Artifact | None) -> None:
         """Add the `sft` adapter; where there is none a zero one, so that there is one code path."""

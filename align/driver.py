@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,12 +14,23 @@ from align.artifacts import Artifact, newest_whole, read_json, write_json
 from align.base import resolve_base
 from align.cluster import Cluster, is_in_ray_job
 from align.config import Config
-from align.errors import AlignError, StoppedError, TerminatedError, UsageError, WorkerDiedError
+from align.errors import AlignError, OutOfMemoryError, StoppedError, TerminatedError, UsageError, WorkerDiedError
 from align.handover import FinishedStep, begin, build_inputs, current_results, gather, read_finished, write_finished
 from align.installation import import_root, verify_current_folder
 from align.intake import StageData, parts_of_step, read_stage_data
 from align.messages import MessageReader
-from align.pipeline import Decision, Fingerprint, StepName, decide, fingerprint, refuse_unfinished, stale, steps_to_do
+from align.out_of_memory import micro_batch_size, next_split, to_need_less
+from align.pipeline import (
+    Decision,
+    Fingerprint,
+    StepName,
+    decide,
+    fingerprint,
+    refuse_unfinished,
+    stale,
+    steps_to_do,
+    verify_allowed,
+)
 from align.plan.forecast import forecast
 from align.settings import dump
 from align.sources import source_identities
@@ -60,13 +71,19 @@ def run_pipeline(
     stage: str | None = None,
     resume: bool = False,
     fresh: bool = False,
+    allowed: Sequence[str] = (),
 ) -> dict[str, object]:
-    """Run what has to run, and return the summary. `stages` maps each step (also "evaluation") to its function.
+    """Run what has to run, and return the summary.
+
+    Args:
+        stages: each step's function, "evaluation" among them.
+        allowed: what a resume may find changed, by its name in the refusal.
 
     Raises:
         AlignError: one message; its exit_code tells a wrong call from a failed run.
     """
     steps = steps_to_do(config, stage)
+    verify_allowed(allowed, config, steps)
     is_unattended = is_in_ray_job()
     run = run_folder(config)
     verify_current_folder()
@@ -93,6 +110,7 @@ def run_pipeline(
                     fresh=fresh,
                     command=command,
                     is_unattended=is_unattended,
+                    allowed=allowed,
                 )
                 if step == steps[0]:  # not before: a refused command leaves the config of what is there
                     (run / "config.yaml").write_text(dump(config), encoding="utf-8")
@@ -100,7 +118,7 @@ def run_pipeline(
                 display.step(step, f"{decision.kind} ({decision.reason})")
                 if decision.finished is None:
                     cluster.start()  # ahead of begin, which clears the step's folder: first see that it can run
-                    begin(run / step, prepared.fingerprint, keep=decision.kind == "resume")
+                    begin(run / step, prepared.fingerprint, keep=decision.kind == "resume", changed=decision.changed)
                     watch.start()
                     call = stage_call(step, stages[step], config, prepared, run, decision)
                     outcome = run_to_its_end(cluster, call, config.cluster.max_failures, display, command)
@@ -150,14 +168,18 @@ def stage_call(
         max_reject_rate=config.data.max_reject_rate,
         resume=decision.kind == "resume",
         tensorboard=config.tracking.tensorboard,
+        micro_batch_size=micro_batch_size(step, config),
+        split=decision.split,
     )
 
 
 def run_to_its_end(cluster: Cluster, call: StageCall, max_failures: int, display: Display, command: str) -> Outcome:
-    """Run a step; a worker that dies in it is started anew and goes on from the last checkpoint.
+    """Run a step; a worker that dies in it is started anew and goes on from the last checkpoint. One that ran out of
+    memory, too, and computes its micro-batches in smaller parts from then on: the same numbers to rounding.
 
     Raises:
         WorkerDiedError: more than `max_failures` died.
+        OutOfMemoryError: not even one row at a time fits.
         AlignError: the step's own.
     """
     failures = 0
@@ -165,17 +187,23 @@ def run_to_its_end(cluster: Cluster, call: StageCall, max_failures: int, display
         try:
             cluster.start()
             return cluster.run(call)
+        except OutOfMemoryError as error:
+            split = next_split(call.micro_batch_size, call.split)
+            if split is None:
+                raise OutOfMemoryError(f"{error}. {to_need_less(call.step, command)}") from None
+            call = replace(call, split=split)
+            rows = call.micro_batch_size
+            said = f"{error}; a new worker computes {rows // split} of a micro-batch's {rows} rows at a time"
         except WorkerDiedError as error:
             failures += 1
             if failures > max_failures:
                 raise WorkerDiedError(f"{error}. Continue with: {command} --resume") from None
-            checkpoint, _ = newest_whole(call.folder / "checkpoints")
-            where = "from the step's beginning" if checkpoint is None else f"after update {checkpoint.step}"
-            display.note(
-                f"warning: {error}; a new one ({failures} of cluster.max_failures {max_failures}) goes on {where}"
-            )
-            cluster.drop_worker()
-            call = replace(call, resume=checkpoint is not None)
+            said = f"{error}; a new one ({failures} of cluster.max_failures {max_failures})"
+        checkpoint, _ = newest_whole(call.folder / "checkpoints")
+        where = "from the step's beginning" if checkpoint is None else f"after update {checkpoint.step}"
+        display.note(f"warning: {said}, and goes on {where}")
+        cluster.drop_worker()
+        call = replace(call, resume=checkpoint is not None)
 
 
 def finish(step: StepName, outcome: Outcome, prepared: Prepared, config: Config) -> FinishedStep:

@@ -56,6 +56,10 @@ class WorkerDiedError(WorkerError):
     """The worker's process is gone; holds what is known of why. It can be started anew."""
 
 
+class OutOfMemoryError(WorkerError):
+    """Memory ran out, of torch's allocator or of the worker's machine. Smaller micro-batches may do."""
+
+
 class RewardFunctionError(AlignError):
     """A user's reward function raised, was too slow, or gave back no number; names it and the response."""
 

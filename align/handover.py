@@ -30,6 +30,7 @@ from align.errors import ArtifactError, UsageError
 from align.intake import StageData
 
 REJECTS = "rejects.jsonl"
+_CHANGED = "changed.json"
 # Which step makes an input, and as what kind of artifact.
 _MADE_BY = {
     "sft": ("sft", "adapter"),
@@ -124,8 +125,11 @@ def _maker(key: str) -> str | None:
     return stage if key.startswith("input.") else None
 
 
-def begin(folder: Path, fingerprint: Mapping[str, object], *, keep: bool) -> None:
-    """Make a step's folder ready and note what it is started with. Without `keep`, what stood there goes."""
+def begin(folder: Path, fingerprint: Mapping[str, object], *, keep: bool, changed: str = "") -> None:
+    """Make a step's folder ready and note what it is started with. Without `keep`, what stood there goes.
+
+    `changed`, what is not as it was when the step began first, is added to what `changed_on_the_way` gives.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for own in (folder, folder / "checkpoints"):
         clear_leftovers(own)
@@ -134,7 +138,15 @@ def begin(folder: Path, fingerprint: Mapping[str, object], *, keep: bool) -> Non
             shutil.rmtree(path)
         elif path.name != REJECTS:  # written before, when the data was read
             path.unlink()
+    if changed:
+        write_json(folder / _CHANGED, [*changed_on_the_way(folder), changed])
     write_json(folder / "started.json", fingerprint)
+
+
+def changed_on_the_way(folder: Path) -> list[str]:
+    """What the resumes of a step have found changed, and were allowed to."""
+    path = folder / _CHANGED
+    return cast("list[str]", read_json(path)) if path.exists() else []
 
 
 def brought(path: Path, *, kind: str, key: str, base_identity: str | None) -> Artifact:

@@ -4,16 +4,17 @@ A step's fingerprint is kept as named parts (`sft.learning_rate`, `data.sft.trai
 reason to run again can be said.
 """
 
+import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel
 
 from align.artifacts import Artifact, checkpoint_folders, newest_whole, read_json
-from align.config import CheckpointsConfig, Config, StageName
+from align.config import Config, PPOCheckpointsConfig, StageName
 from align.errors import ArtifactError, UsageError
 from align.handover import FinishedStep, read_finished
 
@@ -22,8 +23,11 @@ Fingerprint = Mapping[str, object]
 
 # What changes what a step keeps on its way, not what comes out.
 _WITHOUT_EFFECT = frozenset(
-    f"{step}.checkpoints.{key}" for step in ("sft", "reward", "ppo") for key in CheckpointsConfig.model_fields
+    f"{step}.checkpoints.{key}" for step in ("sft", "reward", "ppo") for key in PPOCheckpointsConfig.model_fields
 )
+# A checkpoint's tensors are of the one that they were made with: it cannot be gone on with under another.
+_ADAPTERS = ("adapters.rank", "adapters.targets", "adapters.layers")
+_BOUND = frozenset(("base.identity", *_ADAPTERS, "ppo.critic.kind", "ppo.advantage.estimator", "reward.ensemble"))
 # These name files; their contents stand in the fingerprint instead, as input.* hashes.
 _BY_CONTENT = frozenset({"sft.adapter", "reward.adapter"})
 
@@ -33,6 +37,8 @@ class Decision:
     kind: Literal["run", "skip", "resume"]
     reason: str
     finished: FinishedStep | None = None  # of a skipped step
+    split: int = 1  # parts that a resumed step computes its micro-batches in
+    changed: str = ""  # since the resumed step began, and allowed to: for people
 
 
 def steps_to_do(config: Config, stage: str | None) -> tuple[StepName, ...]:
@@ -93,9 +99,29 @@ def _flat(section: BaseModel, prefix: str) -> dict[str, object]:
     return flat
 
 
-def changes(old: Fingerprint, new: Fingerprint) -> str:
-    """What differs, for people: "config sft.learning_rate changed (0.0002 → 0.001)"; empty if nothing does."""
+def verify_allowed(names: Sequence[str], config: Config, steps: Sequence[StepName]) -> None:
+    """UsageError for an --allow-change that names nothing, or what a checkpoint cannot do without."""
+    for name in names:
+        if name in _BOUND:
+            raise UsageError(
+                f"--allow-change {name}: a checkpoint cannot be continued under another one; start anew with --fresh"
+            )
+        settings = {key for step in steps for key in fingerprint(step, config, base_identity="", data={}, inputs={})}
+        if name not in settings and not name.startswith(("data.", "input.")):
+            near = difflib.get_close_matches(name, settings, n=1)
+            meant = f"did you mean {near[0]}?" if near else "write it as the refusal of --resume does"
+            raise UsageError(f"--allow-change {name}: nothing of this name is looked at in a resume; {meant}")
+
+
+def changes(old: Fingerprint, new: Fingerprint, *, only: Collection[str] = (), but: Collection[str] = ()) -> str:
+    """What differs, for people: "config sft.learning_rate changed (0.0002 → 0.001)"; empty if nothing does.
+
+    Args:
+        only: the keys to look at; all if there is none.
+        but: keys not to look at.
+    """
     keys = [key for key in (*new, *(key for key in old if key not in new)) if old.get(key) != new.get(key)]
+    keys = [key for key in keys if key not in but and (not only or key in only)]
     said = [_change(key, old.get(key), new.get(key)) for key in keys[:4]]
     return "; ".join([*said, *([f"and {len(keys) - 4} more"] if len(keys) > 4 else [])])
 
@@ -121,9 +147,14 @@ def decide(
     fresh: bool,
     command: str,
     is_unattended: bool = False,
+    allowed: Collection[str] = (),
 ) -> Decision:
     """What to do about one step, whose folder is `folder`. Where nobody is there to ask, as in a Ray job that is
     submitted again, an unfinished step goes on.
+
+    Args:
+        allowed: keys of the fingerprint that --resume may find changed: a finished step stands as it is, an unfinished
+            one goes on with what they are now.
 
     Raises:
         UsageError: --resume, and the step's inputs are not what they were; or an unfinished step that neither
@@ -134,10 +165,11 @@ def decide(
         return Decision("run", "asked for with --fresh")
     finished = read_finished(folder)
     if finished is not None:
-        changed = changes(finished.fingerprint, parts)
+        changed = changes(finished.fingerprint, parts, but=allowed)
         if not changed:
             finished.verify()
-            return Decision("skip", "inputs unchanged", finished=finished)
+            let = changes(finished.fingerprint, parts)
+            return Decision("skip", f"stands though {let}" if let else "inputs unchanged", finished=finished)
         if resume:
             raise UsageError(_refusal(step, changed, command))
         return Decision("run", f"run again: {changed}")
@@ -145,17 +177,21 @@ def decide(
     if checkpoint is None:
         return Decision("run", "started before and did not finish" if _started(folder) else "not run yet")
     refuse_unfinished(folder, resume=resume or is_unattended, fresh=fresh, command=command)
-    changed = changes(_started(folder) or {}, parts)
+    started = _started(folder) or {}
+    changed = changes(started, parts, but=allowed)
     if changed:
         raise UsageError(_refusal(step, changed, command))
-    return Decision("resume", f"continues after update {checkpoint.step}")
+    let = changes(started, parts, only=allowed) if allowed else ""
+    state = cast("dict[str, Any]", read_json(checkpoint.path / "state.json"))
+    after = f"after update {checkpoint.step}{f', though {let}' if let else ''}"
+    return Decision("resume", f"continues {after}", split=state.get("split", 1), changed=after if let else "")
 
 
 def _refusal(step: StepName, changed: str, command: str) -> str:
     stage = "ppo" if step == "evaluation" else step
     return (
-        f"--resume refused, {step}: {changed}. Put that back to continue, or start this stage anew: "
-        f"{command} --stage {stage} --fresh"
+        f"--resume refused, {step}: {changed}. Put that back to continue, or allow it by its name (--allow-change "
+        f"KEY), or start this stage anew: {command} --stage {stage} --fresh"
     )
 
 

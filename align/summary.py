@@ -7,7 +7,7 @@ from pathlib import Path
 
 from align.artifacts import Artifact, write_json
 from align.config import Config
-from align.handover import FinishedStep
+from align.handover import FinishedStep, changed_on_the_way
 
 _SECTIONS = {"sft": "sft", "reward": "reward", "ppo": "ppo", "evaluation": "eval"}
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "ray", "datasets", "align")
@@ -58,6 +58,7 @@ def write_lineage(run: Path, finished: Mapping[str, FinishedStep]) -> None:
             "in": {key: value for key, value in step.fingerprint.items() if key.startswith(("input.", "data."))},
             "out": [describe(artifact) for artifact in step.artifacts],
             "accounts": step.accounts,
+            **({"changed_on_the_way": changed} if (changed := changed_on_the_way(run / name)) else {}),
         }
         for name, step in finished.items()
     }

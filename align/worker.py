@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from align.config import AdaptersConfig, BaseModelConfig
-from align.errors import InvariantError, ModelError
+from align.errors import InvariantError, ModelError, OutOfMemoryError
 from align.installation import verify_worker
 from align.messages import keep_stderr, write_messages
 
@@ -43,6 +43,8 @@ class StageCall:
     max_reject_rate: float
     resume: bool
     tensorboard: bool
+    micro_batch_size: int
+    split: int = 1  # parts that a micro-batch is computed in
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class Worker:
 
     def run(self, call: StageCall) -> Outcome:
         """Execute one stage on the resident base, which must be the same afterwards."""
+        from accelerate.utils.memory import should_reduce_batch_size
+
         from align.context import StageContext
         from align.randomness import stage_seed
         from align.tracking import Tracker
@@ -106,9 +110,15 @@ class Worker:
             system_prompt=call.system_prompt,
             max_reject_rate=call.max_reject_rate,
             resume=call.resume,
+            split=call.split,
         )
         try:
             result = call.function(call.config, call.inputs, context)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError) or should_reduce_batch_size(error):
+                reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+                raise OutOfMemoryError(f"out of memory in {call.step}: {reason}") from None
+            raise
         finally:
             tracker.close()
             model.reset()

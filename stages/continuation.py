@@ -29,6 +29,7 @@ class TrainerCheckpoints(TrainerCallback):
     Args:
         start: what to continue from; one without a trainer's state is of before its first step.
         also: what the stage wants kept beside, as (groups, state) of a checkpoint.
+        quality: what a look in the present step said of held-out data, if there was one: higher is better.
         steps_before: of trainings before this one in the same stage.
     """
 
@@ -39,12 +40,14 @@ class TrainerCheckpoints(TrainerCallback):
         *,
         start: Checkpoint | None,
         also: Callable[[], tuple[Groups, State]],
+        quality: Callable[[], float | None] = lambda: None,
         steps_before: int = 0,
     ) -> None:
         self._checkpoints = checkpoints
         self._report = report
         self._start = start if start is not None and "trainer" in start.state else None
         self._also = also
+        self._quality = quality
         self._steps_before = steps_before
         self._epoch_random: dict[str, Tensor] = {}  # random states as its epoch began, which its order comes from
         self._names: dict[Tensor, str] = {}
@@ -103,7 +106,7 @@ class TrainerCheckpoints(TrainerCallback):
         """The last thing of a step. One that ends the training needs no checkpoint."""
         step = self._steps_before + state.global_step
         is_last = control.should_training_stop or state.global_step == state.max_steps
-        if "loss" in (logs or {}) and not is_last and self._checkpoints.is_due(step):
+        if "loss" in (logs or {}) and not is_last and self._checkpoints.is_due(step, self._quality()):
             self._save(step, state)
 
     def _save(self, step: int, state: TrainerState) -> None:
@@ -124,6 +127,7 @@ class TrainerCheckpoints(TrainerCallback):
                 "schedule": self._schedule.state_dict(),
                 "num_tokens": self._report.num_tokens,
             },
+            self._quality(),
         )
 
 

@@ -65,8 +65,8 @@ def trainer_arguments(config: SupervisedConfig, context: StageContext, folder: P
         "disable_tqdm": True,
         "logging_steps": 1,
         "num_train_epochs": config.epochs,
-        "per_device_train_batch_size": config.micro_batch_size,
-        "gradient_accumulation_steps": config.batch_size // config.micro_batch_size,
+        "per_device_train_batch_size": context.part_of(config.micro_batch_size),
+        "gradient_accumulation_steps": config.batch_size // context.part_of(config.micro_batch_size),
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": schedule,
         "warmup_steps": config.warmup_fraction,  # below 1 it is a share of all steps

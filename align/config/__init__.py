@@ -20,7 +20,13 @@ from align.config.ppo import (  # isort: skip # one statement: `ppo`'s sections 
     RewardSourceConfig as RewardSourceConfig,
     RolloutConfig as RolloutConfig,
 )
-from align.config.section import CheckpointsConfig, Schedule, Section
+from align.config.section import (  # isort: skip
+    BestCheckpointsConfig as BestCheckpointsConfig,
+    CheckpointsConfig as CheckpointsConfig,
+    PPOCheckpointsConfig as PPOCheckpointsConfig,
+    Schedule,
+    Section,
+)
 
 StageName = Literal["sft", "reward", "ppo"]
 
@@ -123,7 +129,6 @@ class SupervisedConfig(Section):
     warmup_fraction: float = Field(default=0.05, ge=0, lt=1)
     max_length: int = Field(default=1024, ge=8, description="tokens of prompt and response together")
     gradient_checkpointing: bool = False
-    checkpoints: CheckpointsConfig = CheckpointsConfig()
 
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> "SupervisedConfig":
@@ -133,7 +138,7 @@ class SupervisedConfig(Section):
 
 
 class SFTConfig(SupervisedConfig):
-    pass
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
 
 
 class RewardObjectiveConfig(Section):
@@ -176,6 +181,7 @@ class EarlyStoppingConfig(Section):
 
 class RewardConfig(SupervisedConfig):
     objective: RewardObjectiveConfig = RewardObjectiveConfig()
+    checkpoints: BestCheckpointsConfig = BestCheckpointsConfig()
     ensemble: int = Field(
         default=1,
         ge=1,
@@ -183,6 +189,12 @@ class RewardConfig(SupervisedConfig):
         description="members, each an adapter and a head on the one base (Coste et al. 2023, Zhai et al. 2023)",
     )
     early_stopping: EarlyStoppingConfig = EarlyStoppingConfig()
+
+    @model_validator(mode="after")
+    def _looks_tell_the_best(self) -> "RewardConfig":
+        if self.checkpoints.keep_best and self.early_stopping.every is None:
+            raise ValueError("checkpoints.keep_best is by looks at held-out data: give early_stopping.every, too")
+        return self
 
 
 class EvaluationConfig(Section):

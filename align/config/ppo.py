@@ -204,6 +204,12 @@ class PPOConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _looks_tell_the_best(self) -> "PPOConfig":
+        if self.checkpoints.keep_best and self.guard.every is None:
+            raise ValueError("checkpoints.keep_best is by looks at held-out prompts: give guard.every, too")
+        return self
+
+    @model_validator(mode="after")
     def _whole_groups(self) -> "PPOConfig":
         responses, estimator = self.rollout.responses_per_prompt, self.advantage.estimator
         if estimator != "gae" and responses < 2:

@@ -19,5 +19,13 @@ class CheckpointsConfig(Section):
     keep_last: int = Field(default=2, ge=1)
 
 
-class PPOCheckpointsConfig(CheckpointsConfig):
+class BestCheckpointsConfig(CheckpointsConfig):
+    """Of a stage that looks at held-out data on its way."""
+
+    keep_best: int = Field(
+        default=0, ge=0, description="besides the last ones those with the best look; then each look makes one"
+    )
+
+
+class PPOCheckpointsConfig(BestCheckpointsConfig):
     every: int | None = Field(default=1, ge=1, description="updates: one costs little beside a rollout")

@@ -37,16 +37,17 @@ def run_evaluation(config: EvaluationConfig, inputs: EvaluationInputs, context: 
     """Compare SFT and PPO on held-out prompts; every interval is a bootstrap over prompts."""
     model, tracker = context.model, context.tracker
     codec = model.base.codec(context.system_prompt)
-    length = inputs.sampling.max_prompt_length
-    prompts, rejects = encode_prompts(codec, inputs.prompts[: config.prompts], max_prompt_length=length)
-    account = context.set_aside("held_out", min(config.prompts, len(inputs.prompts)), rejects)
+    sampling = context.fitting_sampling(inputs.sampling)
+    chosen = inputs.prompts[: config.prompts]
+    prompts, rejects = encode_prompts(codec, chosen, max_prompt_length=sampling.max_prompt_length)
+    account = context.set_aside("held_out", len(chosen), rejects)
     context.load_sft(inputs.sft)
     model.load("policy", inputs.policy.path)
     members = load_reward_models(model, inputs.reward_models)
     sources = reward_sources(inputs.rewards, members, model, codec)
 
     asked = [prompt for prompt in prompts for _ in range(config.samples)]
-    examiner = Examiner(model, codec, sources, inputs.sampling, context.seed, has_gold=config.gold is not None)
+    examiner = Examiner(model, codec, sources, sampling, context.seed, has_gold=config.gold is not None)
     sides: dict[str, Answers] = {}
     for number, (side, role) in enumerate(_ROLES.items()):
 

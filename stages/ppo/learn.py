@@ -74,19 +74,21 @@ class Learner:
         config: PPOConfig,
         *,
         seed: int,
+        split: int = 1,
         texts: Texts | None = None,
     ) -> None:
         self._actor_critic = actor_critic
         self._model = model
         self._config = config
         self._seed = seed
+        self._split = split
         self._texts = texts
 
     def learn(self, lesson: Lesson, *, update: int) -> dict[str, float]:
         """Epochs × minibatches over one rollout; returns the means over what was learnt from.
 
-        Micro-batches are shuffled whole. A minibatch's loss is a mean over all of it, so its gradient is the same
-        whatever the micro-batch size.
+        Micro-batches are shuffled whole, and so are the parts of one that is split. A minibatch's loss is a mean over
+        all of it, so its gradient is the same whatever the split.
         """
         config = self._config
         moves_policy = update >= config.critic.warmup_updates or self._actor_critic.critic is None
@@ -106,10 +108,11 @@ class Learner:
 
     def _minibatches(self, num_micro_batches: int, update: int) -> Generator[tuple[int, list[int]]]:
         """Each minibatch's number in the whole run, and its micro-batches, epoch after epoch."""
-        loss = self._config.loss
+        loss, split = self._config.loss, self._split
         size = num_micro_batches // loss.minibatches
         for epoch in range(loss.epochs):
-            order = permutation(self._seed, "minibatches", update, epoch, size=num_micro_batches)
+            whole = permutation(self._seed, "minibatches", update, epoch, size=num_micro_batches // split)
+            order = [part for number in whole for part in range(number * split, (number + 1) * split)]
             first = (update * loss.epochs + epoch) * loss.minibatches
             for i in range(loss.minibatches):
                 yield first + i, order[i * size : (i + 1) * size]
@@ -204,8 +207,8 @@ class Learner:
         drawn = drawn_indices(self._seed, "ptx", number, num_drawn=loss_config.ptx_batch_size, size=len(texts.rows))
         rows = [texts.rows[i] for i in drawn]
         num_tokens = sum(sum(row.is_response) for row in rows)
-        total = 0.0
-        for group in length_sorted_batches([len(row.ids) for row in rows], loss_config.micro_batch_size):
+        total, part = 0.0, loss_config.micro_batch_size // self._split
+        for group in length_sorted_batches([len(row.ids) for row in rows], part):
             with self._model.role(POLICY, train=True):
                 logprobs_N = text_pass(
                     self._model,

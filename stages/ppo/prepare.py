@@ -46,14 +46,15 @@ def make_ready(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> P
     """Tokenize, load the frozen roles, and add what is trained."""
     model = context.model
     codec = model.base.codec(context.system_prompt)
-    rows = tokenize(config, inputs, codec, context)
+    sampling = context.fitting_sampling(Sampling.of(config.rollout))
+    rows = tokenize(config, inputs, codec, context, max_prompt_length=sampling.max_prompt_length)
     context.load_sft(inputs.sft)
     members = load_reward_models(model, inputs.reward_models)
     sources = reward_sources(config.rewards, members, model, codec)
     actor_critic = _make_actor_critic(config, members, model)
-    sampling = Sampling.of(config.rollout)
+    micro_batch_size = context.part_of(config.loss.micro_batch_size)
     _warn_of_truncation(config)
-    held_out = HeldOut(rows.held_out, sources, sampling, codec, context.seed, config.loss.micro_batch_size)
+    held_out = HeldOut(rows.held_out, sources, sampling, codec, context.seed, micro_batch_size)
     return Parts(
         codec=codec,
         rows=rows,
@@ -61,24 +62,26 @@ def make_ready(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> P
         sources=sources,
         actor_critic=actor_critic,
         shaper=Shaper(config.rewards, config.kl, sources, max_response_length=sampling.max_response_length),
-        learner=Learner(actor_critic, model, config, seed=context.seed, texts=rows.ptx),
+        learner=Learner(actor_critic, model, config, seed=context.seed, split=context.split, texts=rows.ptx),
         guard=Guard(config.guard, held_out),
         frozen=(REFERENCE, *(member.adapter for member in members)),
     )
 
 
-def tokenize(config: PPOConfig, inputs: PPOInputs, codec: Codec, context: StageContext) -> Rows:
-    length = config.rollout.max_prompt_length
-    prompts, rejects = encode_prompts(codec, inputs.prompts, max_prompt_length=length)
+def tokenize(
+    config: PPOConfig, inputs: PPOInputs, codec: Codec, context: StageContext, *, max_prompt_length: int
+) -> Rows:
+    prompts, rejects = encode_prompts(codec, inputs.prompts, max_prompt_length=max_prompt_length)
     account = context.set_aside("prompts", len(inputs.prompts), rejects)
     held_out: list[TokenizedPrompt] = []
     if config.guard.every is not None:
         chosen = inputs.held_out[-config.guard.prompts :]
-        held_out, rejects = encode_prompts(codec, chosen, max_prompt_length=length)
+        held_out, rejects = encode_prompts(codec, chosen, max_prompt_length=max_prompt_length)
         account += context.set_aside("held_out", len(chosen), rejects)
     ptx = None
     if config.loss.ptx_coefficient:
-        texts, rejects = encode_demonstrations(codec, inputs.ptx, max_length=config.loss.ptx_max_length)
+        length = context.fitting_length("ppo.loss.ptx_max_length", config.loss.ptx_max_length)
+        texts, rejects = encode_demonstrations(codec, inputs.ptx, max_length=length)
         account += context.set_aside("ptx", len(inputs.ptx), rejects)
         ptx = Texts(texts, codec.pad_id)
     return Rows(prompts, held_out, ptx, account)

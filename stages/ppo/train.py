@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from align.adapters import AdaptedModel
-from align.checkpoints import StageCheckpoints
+from align.checkpoints import Groups, StageCheckpoints
 from align.config import PPOConfig
 from align.context import PPOInputs, StageContext, StageResult
 from align.errors import InvariantError
@@ -67,6 +67,7 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
             parts.sources,
             actor_critic.critic,
             micro_batch_size=config.loss.micro_batch_size,
+            split=context.split,
             temperature=parts.sampling.temperature,
             pad_id=parts.codec.pad_id,
         )
@@ -97,8 +98,10 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
         reason = guard.reason_to_stop(metrics["objective/kl"])
         if reason is not None:
             break
-        if step < config.updates and checkpoints.is_due(step):
-            _checkpoint(checkpoints, step, actor_critic, shaper, guard, kept)
+        quality = looked.get("guard/score")
+        if step < config.updates and checkpoints.is_due(step, quality):
+            groups, state = _state(actor_critic, shaper, guard, kept)
+            checkpoints.save(step, groups, state, quality)
 
     kept_update = step
     if reason is not None:
@@ -115,20 +118,15 @@ def _seconds(clock: Sequence[float]) -> dict[str, float]:
     return {name: after - before for name, (before, after) in zip(names, pairwise(clock), strict=True)}
 
 
-def _checkpoint(
-    checkpoints: StageCheckpoints,
-    step: int,
-    actor_critic: ActorCritic,
-    shaper: Shaper,
-    guard: Guard,
-    kept: dict[str, float],
-) -> None:
+def _state(
+    actor_critic: ActorCritic, shaper: Shaper, guard: Guard, kept: dict[str, float]
+) -> tuple[Groups, dict[str, object]]:
     """What a bit-exact continuation needs; all randomness and the learning rate are functions of the update."""
     groups = actor_critic.checkpoint_groups()
     state: dict[str, object] = {"verified": kept, "shaper": shaper.state()}
     if guard.best:
         groups, state = {**groups, "best": guard.best}, {**state, "guard": guard.state()}
-    checkpoints.save(step, groups, state)
+    return groups, state
 
 
 def _resume(

@@ -65,7 +65,7 @@ def run_reward(config: RewardConfig, inputs: RewardInputs, context: StageContext
     measured: list[Measured] = []
     for member, training in zip(members, trained, strict=True):
         held_out_N, answers_M = (
-            score(model, member, episodes, pad_id=codec.pad_id, batch_size=config.micro_batch_size)
+            score(model, member, episodes, pad_id=codec.pad_id, batch_size=context.part_of(config.micro_batch_size))
             for episodes in (evidence.held_out_episodes(), answers)
         )
         measured.append(Measured(member, training, held_out_N, answers_M, statistics_of(answers_M)))
@@ -79,7 +79,7 @@ def tokenize(
     config: RewardConfig, inputs: RewardInputs, codec: Codec, context: StageContext
 ) -> tuple[Evidence, Account]:
     """The evidence of both sides, and an account of the rows that were set aside."""
-    settings, max_length = config.objective, config.max_length
+    settings, max_length = config.objective, context.fitting_length("reward.max_length", config.max_length)
     sides = {"train": inputs.train, "held_out": inputs.held_out}
     if settings.kind == "unpaired":
         verdicts = {
@@ -116,7 +116,7 @@ def add_members(config: RewardConfig, inputs: RewardInputs, context: StageContex
 
 def sample_answers(inputs: RewardInputs, codec: Codec, context: StageContext) -> list[Episode]:
     """One SFT response to each held-out prompt, or to the first 128 that fit."""
-    model, sampling = context.model, inputs.sampling
+    model, sampling = context.model, context.fitting_sampling(inputs.sampling)
     distinct = {record.prompt: Prompt(record.prompt, record.source) for record in inputs.held_out}
     prompts, too_long = encode_prompts(codec, list(distinct.values()), max_prompt_length=sampling.max_prompt_length)
     if not prompts:

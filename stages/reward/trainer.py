@@ -108,6 +108,7 @@ class KeepBest(TrainerCallback):
     ) -> None:
         self._look, self._scorer, self._tensors, self._settings, self._log = look, scorer, tensors, settings, log
         self._best_loss, self._best, self._looks_since = math.inf, dict[str, Tensor](), 0
+        self.quality: float | None = None  # of the present step, if it was looked at: minus the held-out loss
         self.best_step = 0
 
     def state(self) -> tuple[Groups, State]:
@@ -125,12 +126,14 @@ class KeepBest(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
     ) -> None:
         step, every = state.global_step, self._settings.every
+        self.quality = None
         if every is None or (step % every and step < state.max_steps):
             return
         self._scorer.eval()  # without dropout
         loss = self._look()
         self._scorer.train()
         self._log(step, loss)
+        self.quality = -loss
         self._looks_since += 1
         if loss < self._best_loss:
             self._best_loss, self.best_step, self._looks_since = loss, step, 0
@@ -191,7 +194,7 @@ class Members:
         rows = evidence.train_rows()
 
         def look() -> float:
-            sizes = {"pad_id": codec.pad_id, "batch_size": config.micro_batch_size}
+            sizes = {"pad_id": codec.pad_id, "batch_size": context.part_of(config.micro_batch_size)}
             return evidence.held_out_loss(score(model, member, evidence.held_out_episodes(), **sizes))
 
         def also() -> tuple[Groups, State]:
@@ -210,7 +213,14 @@ class Members:
             if start is not None:
                 best.restore(start)
             report = ReportToTracker(tracker, member.name, tokens_before=tokens_before(start))
-            kept = TrainerCheckpoints(self._checkpoints, report, start=start, also=also, steps_before=self._steps)
+            kept = TrainerCheckpoints(
+                self._checkpoints,
+                report,
+                start=start,
+                also=also,
+                quality=lambda: best.quality,
+                steps_before=self._steps,
+            )
             trainer = ScoreTrainer(
                 evidence=evidence,
                 model=scorer,

@@ -36,8 +36,9 @@ def run_sft(config: SFTConfig, inputs: SFTInputs, context: StageContext) -> Stag
     """
     model, tracker = context.model, context.tracker
     codec = model.base.codec(context.system_prompt)
-    train, train_rejects = encode_demonstrations(codec, inputs.train, max_length=config.max_length)
-    held_out, held_out_rejects = encode_demonstrations(codec, inputs.held_out, max_length=config.max_length)
+    max_length = context.fitting_length("sft.max_length", config.max_length)
+    train, train_rejects = encode_demonstrations(codec, inputs.train, max_length=max_length)
+    held_out, held_out_rejects = encode_demonstrations(codec, inputs.held_out, max_length=max_length)
     account = context.set_aside("train", len(inputs.train), train_rejects)
     account += context.set_aside("held_out", len(inputs.held_out), held_out_rejects)
 
@@ -49,7 +50,7 @@ def run_sft(config: SFTConfig, inputs: SFTInputs, context: StageContext) -> Stag
         return held_out_nll(
             model,
             held_out,
-            batch_size=config.micro_batch_size,
+            batch_size=context.part_of(config.micro_batch_size),
             pad_id=codec.pad_id,
             on_progress=lambda done, total: tracker.progress(done, total, "held-out NLL"),
         )

@@ -1,9 +1,13 @@
 """Stages that only write what a stage writes, with tricks for the tests of the driver. They run in a Ray worker."""
 
+import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from align.artifacts import Artifact, write_directory
 from align.context import StageContext, StageResult
@@ -57,6 +61,23 @@ def dying_once(config: Any, inputs: Any, context: StageContext) -> StageResult:
     return fake_ppo(config, inputs, context)
 
 
+def without_memory_for(rows: int, config: Any, inputs: Any, context: StageContext) -> StageResult:
+    """PPO whose micro-batch, of two rows, does not fit if `rows` or more of it are computed at once."""
+    if 2 // context.split >= rows:
+        _write(context, "checkpoint", "c", name="checkpoints/update-00002")
+        torch.empty(2**60)
+    result = fake_ppo(config, inputs, context)
+    return replace(result, metrics={**result.metrics, "split": context.split})
+
+
+def stopping_in_parts(config: Any, inputs: Any, context: StageContext) -> StageResult:
+    """Runs out of memory until it is computed in two parts, and then is stopped."""
+    if context.split == 1:
+        torch.empty(2**60)
+    _write(context, "checkpoint", "c", name="checkpoints/update-00002")
+    raise KeyboardInterrupt
+
+
 def touching_the_base(config: Any, inputs: Any, context: StageContext) -> StageResult:
     weight = next(context.model.base.model.parameters())
     weight.data.view(-1)[0] += 1e-3
@@ -76,6 +97,7 @@ def _write(context: StageContext, kind: str, text: str, *, name: str | None = No
 
     def fill(folder: Path) -> None:
         (folder / "content").write_text(text)
+        (folder / "state.json").write_text(json.dumps({"split": context.split}))
 
     return write_directory(
         path, fill, kind=kind, stage=context.folder.name, step=2, base_identity=context.model.base_identity

@@ -18,8 +18,8 @@ def of_step(step: int) -> Checkpoint:
     )
 
 
-def save(folder: Path, step: int, *, keep: int = 2, base: str = BASE) -> None:
-    save_checkpoint(folder, of_step(step), stage="ppo", base_identity=base, keep=keep)
+def save(folder: Path, step: int, *, keep: int = 2, keep_best: int = 0, base: str = BASE) -> None:
+    save_checkpoint(folder, of_step(step), stage="ppo", base_identity=base, keep=keep, keep_best=keep_best)
 
 
 def steps_in(folder: Path) -> list[str]:
@@ -51,6 +51,19 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     for step in (2, 4, 6, 10):
         save(tmp_path, step)
     assert steps_in(tmp_path) == ["update-00006", "update-00010"]
+
+
+def test_the_best_are_kept_besides_the_newest(tmp_path: Path) -> None:
+    for step, quality in ((1, 0.5), (2, 0.9), (3, None), (4, 0.7), (5, 0.1), (6, None)):
+        one = of_step(step)
+        state = {**one.state, "quality": quality}
+        save_checkpoint(
+            tmp_path, Checkpoint(step, one.groups, state), stage="ppo", base_identity=BASE, keep=1, keep_best=2
+        )
+    assert steps_in(tmp_path) == ["update-00002", "update-00004", "update-00006"]
+    (tmp_path / "update-00002" / "state.json").write_text("damaged")
+    save(tmp_path, 7, keep=1, keep_best=2)
+    assert steps_in(tmp_path) == ["update-00004", "update-00007"]
 
 
 def test_a_damaged_newest_is_passed_over_with_a_note_and_the_older_one_taken(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from align.errors import (
     ConfigError,
     DataError,
     InvariantError,
+    OutOfMemoryError,
     PlacementError,
     StoppedError,
     UsageError,
@@ -221,7 +223,34 @@ def test_a_worker_that_dies_is_started_anew_and_goes_on(folder: Path, ray_cluste
     assert summary["ppo"] == {"first_update": 2}
     (warning,) = [note for note in seen.notes if note.startswith("warning: the worker died (ppo)")]
     assert "Its last words: no more room for checkpoint (" in warning
-    assert warning.endswith("a new one (1 of cluster.max_failures 2) goes on after update 2")
+    assert warning.endswith("a new one (1 of cluster.max_failures 2), and goes on after update 2")
+
+
+def test_a_step_that_runs_out_of_memory_is_done_again_in_smaller_parts(folder: Path, ray_cluster: None) -> None:
+    without = partial(fake_stages.without_memory_for, 2)
+    summary = run(folder, "ppo.loss.micro_batch_size=2", change={"ppo": without}, display=(seen := Recorder()))
+    assert summary["ppo"] == {"first_update": 2, "split": 2}
+    (warning,) = [note for note in seen.notes if note.startswith("warning: out of memory in ppo")]
+    assert "you tried to allocate" in warning
+    assert warning.endswith("a new worker computes 1 of a micro-batch's 2 rows at a time, and goes on after update 2")
+
+
+def test_what_ran_out_of_memory_is_resumed_in_the_parts_that_fitted(folder: Path, ray_cluster: None) -> None:
+    change = {"ppo": fake_stages.stopping_in_parts}
+    with pytest.raises(WorkerError):
+        run(folder, "ppo.loss.micro_batch_size=2", "cluster.max_failures=0", change=change)
+    change = {"ppo": partial(fake_stages.without_memory_for, 2)}
+    summary = run(folder, "ppo.loss.micro_batch_size=2", change=change, resume=True, display=(seen := Recorder()))
+    assert summary["ppo"] == {"first_update": 2, "split": 2}
+    assert not [note for note in seen.notes if "out of memory" in note]
+
+
+def test_memory_that_does_not_suffice_for_one_row_ends_the_run_with_what_to_change(
+    folder: Path, ray_cluster: None
+) -> None:
+    with pytest.raises(OutOfMemoryError, match=r"One row at a time .*ppo\.loss\.gradient_checkpointing=true") as raised:
+        run(folder, "ppo.loss.micro_batch_size=2", change={"ppo": partial(fake_stages.without_memory_for, 1)})
+    assert raised.value.exit_code == 1
 
 
 def test_a_worker_that_dies_again_and_again_ends_the_run(folder: Path, ray_cluster: None) -> None:
@@ -265,8 +294,8 @@ def test_a_second_interrupt_ends_at_once_whatever_the_first_is_still_tidying_up(
 import time
 from align.driver import heard_signals
 with heard_signals():
-    print("up", flush=True)
     try:
+        print("up", flush=True)
         time.sleep(600)
     finally:
         print("tidying up", flush=True)

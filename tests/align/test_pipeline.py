@@ -1,5 +1,6 @@
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,13 +15,23 @@ from align.handover import (
     brought,
     brought_head,
     build_inputs,
+    changed_on_the_way,
     current_results,
     gather,
     read_finished,
     write_finished,
 )
 from align.intake import StageData
-from align.pipeline import Decision, StepName, changes, decide, fingerprint, refuse_unfinished, steps_to_do
+from align.pipeline import (
+    Decision,
+    StepName,
+    changes,
+    decide,
+    fingerprint,
+    refuse_unfinished,
+    steps_to_do,
+    verify_allowed,
+)
 from tests.align.recipe import write_recipe
 
 BASE = "b" * 64
@@ -56,8 +67,8 @@ def leave_checkpoint(folder: Path, parts: Mapping[str, object], *, update: int =
     path = folder / "checkpoints" / f"update-{update:05d}"
     path.parent.mkdir(exist_ok=True)
     write_directory(
-        path, lambda p: void((p / "state").write_text("s")), kind="checkpoint", stage="ppo", step=update,
-        base_identity=BASE,
+        path, lambda p: void((p / "state.json").write_text('{"split": 2}')), kind="checkpoint", stage="ppo",
+        step=update, base_identity=BASE,
     )  # fmt: skip
     return path
 
@@ -71,9 +82,9 @@ def decided(
     *,
     resume: bool = False,
     fresh: bool = False,
-    is_unattended: bool = False,
+    **also: Any,
 ) -> Decision:
-    return decide("ppo", folder, parts, resume=resume, fresh=fresh, command=COMMAND, is_unattended=is_unattended)
+    return decide("ppo", folder, parts, resume=resume, fresh=fresh, command=COMMAND, **also)
 
 
 def test_evaluation_follows_ppo_and_only_ppo(tmp_path: Path) -> None:
@@ -196,14 +207,14 @@ def test_resume_continues_after_the_newest_whole_checkpoint(tmp_path: Path) -> N
     parts = parts_of(config_with(tmp_path))
     leave_checkpoint(tmp_path / "ppo", parts, update=10)
     damaged = leave_checkpoint(tmp_path / "ppo", parts, update=20)
-    assert decided(tmp_path / "ppo", parts, resume=True) == Decision("resume", "continues after update 20")
-    (damaged / "state").write_text("cut")
-    assert decided(tmp_path / "ppo", parts, resume=True) == Decision("resume", "continues after update 10")
+    assert decided(tmp_path / "ppo", parts, resume=True) == Decision("resume", "continues after update 20", split=2)
+    (damaged / "state.json").write_text("cut")
+    assert decided(tmp_path / "ppo", parts, resume=True) == Decision("resume", "continues after update 10", split=2)
 
 
 def test_resume_with_only_damaged_checkpoints_is_an_error(tmp_path: Path) -> None:
     parts = parts_of(config_with(tmp_path))
-    (leave_checkpoint(tmp_path / "ppo", parts) / "state").write_text("cut")
+    (leave_checkpoint(tmp_path / "ppo", parts) / "state.json").write_text("cut")
     with pytest.raises(ArtifactError, match="no checkpoint can be continued from"):
         decided(tmp_path / "ppo", parts, resume=True)
 
@@ -216,6 +227,45 @@ def test_resume_under_another_config_is_refused_naming_the_change(tmp_path: Path
     leave_checkpoint(tmp_path / "ppo", parts_of(config_with(tmp_path), "ppo"))
     with pytest.raises(UsageError, match=r"--resume refused, ppo: config ppo\.updates changed \(4 → 6\)"):
         decided(tmp_path / "ppo", parts_of(config_with(tmp_path, "ppo.updates=6"), "ppo"), resume=True)
+
+
+def test_a_change_that_is_allowed_by_its_name_is_gone_on_with_and_noted(tmp_path: Path) -> None:
+    folder, before = tmp_path / "ppo", parts_of(config_with(tmp_path), "ppo")
+    leave_checkpoint(folder, before)
+    after = parts_of(config_with(tmp_path, "ppo.updates=6", "ppo.kl.coefficient=0.2"), "ppo")
+    with pytest.raises(UsageError, match=r"ppo\.kl\.coefficient changed \(0\.05 → 0\.2\)\. .*--allow-change KEY"):
+        decided(folder, after, resume=True, allowed=["ppo.updates"])
+    decision = decided(folder, after, resume=True, allowed=["ppo.updates", "ppo.kl.coefficient"])
+    assert "continues after update 10, though config ppo.updates changed (4 → 6); config ppo.kl" in decision.reason
+    begin(folder, after, keep=True, changed=decision.changed)
+    assert decided(folder, after, resume=True).changed == ""
+    assert changed_on_the_way(folder) == [decision.changed]
+    assert decision.changed.startswith("after update 10, though config ppo.updates changed (4 → 6)")
+    begin(folder, after, keep=False)
+    assert changed_on_the_way(folder) == []
+
+
+def test_a_finished_step_stands_under_a_change_that_is_allowed(tmp_path: Path) -> None:
+    finish(tmp_path / "ppo", parts_of(config_with(tmp_path)))
+    parts = parts_of(config_with(tmp_path, "sft.epochs=3"))
+    decision = decided(tmp_path / "ppo", parts, resume=True, allowed=["sft.epochs"])
+    assert (decision.kind, decision.reason) == ("skip", "stands though config sft.epochs changed (1.0 → 3.0)")
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("adapters.rank", "a checkpoint cannot be continued under another one"),
+        ("ppo.critic.kind", "a checkpoint cannot be continued under another one"),
+        ("ppo.update", r"did you mean ppo\.updates\?"),
+        ("xyz", "write it as the refusal"),
+    ],
+)
+def test_what_cannot_be_allowed_is_refused(name: str, said: str, tmp_path: Path) -> None:
+    config = config_with(tmp_path)
+    with pytest.raises(UsageError, match=f"--allow-change {name}: .*{said}"):
+        verify_allowed([name], config, steps_to_do(config, None))
+    verify_allowed(["ppo.updates", "data.ppo.train", "input.sft"], config, steps_to_do(config, None))
 
 
 def test_resume_does_not_overwrite_a_finished_stage_that_changed(tmp_path: Path) -> None:

@@ -1,0 +1,41 @@
+from pathlib import Path
+
+import pytest
+
+from align import settings
+from align.out_of_memory import micro_batch_size, next_split, to_need_less
+from tests.align.recipe import write_recipe
+
+
+@pytest.mark.parametrize(
+    ("size", "splits"), [(8, [2, 4, 8]), (6, [2, 6]), (9, [3, 9]), (12, [2, 4, 12]), (7, [7]), (1, [])]
+)
+def test_a_micro_batch_is_split_evenly_until_a_part_is_one_row(size: int, splits: list[int]) -> None:
+    found, split = list[int](), next_split(size, 1)
+    while split is not None:
+        found.append(split)
+        split = next_split(size, split)
+    assert found == splits
+
+
+def test_the_micro_batch_of_each_step(tmp_path: Path) -> None:
+    write_recipe(tmp_path)
+    config = settings.load(
+        tmp_path / "small.yaml",
+        [
+            *("sft.batch_size=6", "sft.micro_batch_size=3", "reward.batch_size=10", "reward.micro_batch_size=5"),
+            *("ppo.loss.micro_batch_size=2", "ppo.rollout.batch_size=7"),
+        ],
+    )
+    sizes = {step: micro_batch_size(step, config) for step in ("sft", "reward", "ppo", "evaluation")}
+    assert sizes == {"sft": 3, "reward": 5, "ppo": 2, "evaluation": 7}
+
+
+@pytest.mark.parametrize("step", ["sft", "reward", "ppo", "evaluation"])
+def test_the_remedy_names_settings_that_there_are(step: str, tmp_path: Path) -> None:
+    write_recipe(tmp_path)
+    said = to_need_less(step, "align run small.yaml")
+    stage = "ppo" if step == "evaluation" else step
+    assert stage in said
+    checkpointing = next(word for word in said.split() if "gradient_checkpointing" in word)
+    settings.load(tmp_path / "small.yaml", [checkpointing.strip(",")])
