@@ -5,6 +5,7 @@ is one keyed uniform a token and the inverse CDF of the softmax at the sampling 
 depend on which others are generated beside it.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from align.adapters import AdaptedModel
 from align.context import Sampling
+from align.errors import InvariantError
 from align.slots import Slots
 from data.tokenization import Codec
 
@@ -113,6 +115,11 @@ def _append_tokens(
     tokens_B, logprobs_B = sample(logits_BV, uniforms_B, sampling, eos=eos, is_early_B=is_early_B)
     ends = torch.isin(tokens_B, eos).tolist()
     for row, token, logprob, end in zip(rows, tokens_B.tolist(), logprobs_B.tolist(), ends, strict=True):
+        if not math.isfinite(logprob):
+            raise InvariantError(
+                f"the logits of response {row.number} at token {len(row.ids)} are not finite: the weights are damaged, "
+                "or training has diverged; look at metrics.jsonl, and lower the learning rate"
+            )
         row.ids.append(token)
         row.logprobs.append(logprob)
         row.has_eos = end
@@ -135,7 +142,7 @@ def sample(
         allowed_BV = allowed_BV.masked_fill(is_early_B[:, None] & is_eos_V, 0.0)
     if sampling.top_k or sampling.top_p < 1.0:
         allowed_BV = _truncate(allowed_BV, sampling)
-    tokens_B = _inverse_cdf(allowed_BV, uniforms_B)
+    tokens_B = _inverse_cdf(allowed_BV, uniforms_B)  # of weights that are not finite any token: its logprob tells
     return tokens_B, probs_BV.gather(-1, tokens_B[:, None])[:, 0].log()
 
 
@@ -152,13 +159,13 @@ def _inverse_cdf(weights_BV: Tensor, uniforms_B: Tensor) -> Tensor:
         sums_BK = torch.cat([sums_BK, weights_BV[:, whole:].sum(-1, keepdim=True, dtype=torch.float64)], dim=-1)
     ends_BK = sums_BK.cumsum(-1)
     targets_B1 = _below(uniforms_B[:, None] * ends_BK[:, -1:], ends_BK[:, -1:])
-    blocks_B1 = torch.searchsorted(ends_BK, targets_B1, right=True)
+    blocks_B1 = torch.searchsorted(ends_BK, targets_B1, right=True).clamp(max=ends_BK.shape[-1] - 1)
     targets_B1 = targets_B1 - (ends_BK - sums_BK).gather(-1, blocks_B1)
     tokens_BN = blocks_B1 * _BLOCK + torch.arange(_BLOCK, device=weights_BV.device)
     inside_BN = weights_BV.gather(-1, tokens_BN.clamp(max=size - 1)).masked_fill(tokens_BN >= size, 0.0)
     ends_BN = inside_BN.cumsum(-1, dtype=torch.float64)
     targets_B1 = _below(targets_B1, ends_BN[:, -1:])
-    return (blocks_B1 * _BLOCK + torch.searchsorted(ends_BN, targets_B1, right=True))[:, 0]
+    return (blocks_B1 * _BLOCK + torch.searchsorted(ends_BN, targets_B1, right=True)).clamp(max=size - 1)[:, 0]
 
 
 def _below(targets: Tensor, bound: Tensor) -> Tensor:
