@@ -2,15 +2,23 @@
 status.json (for progress bars and `align status`), TensorBoard if asked."""
 
 import json
+import logging
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from align.artifacts import write_json, write_text, writing
 from align.errors import InvariantError
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+_log = logging.getLogger(__name__)
 
 _LOGS = ("metrics.jsonl", "timings.jsonl")
 
@@ -52,7 +60,8 @@ class Tracker:
     """
 
     def __init__(self, folder: Path, *, stage: str, resume: bool = False, tensorboard: bool = False) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._stage = stage
         self._started = time.time()
@@ -62,18 +71,20 @@ class Tracker:
         self.resumed_seconds = 0.0  # what the kept lines of a resumed stage took
         for name in _LOGS:
             if not resume:
-                (folder / name).write_text("", encoding="utf-8")
-        self._writer = None
+                write_text(folder / name, "")
+        self._curves: SummaryWriter | None = None
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # imported only if asked: half a second
+            with self._going_on_without_curves():
+                from torch.utils import tensorboard as writers  # imported only if asked: half a second
 
-            self._writer = SummaryWriter(str(folder / "tensorboard"))
+                self._curves = writers.SummaryWriter(str(folder / "tensorboard"))
 
     def settle(self) -> dict[str, int]:
         """Wait until all that was logged is on the disk; returns the number of lines of each file, for `rewind`."""
         lines: dict[str, int] = {}
         for name in _LOGS:
-            with (self._folder / name).open("rb+") as file:
+            path = self._folder / name
+            with writing(path), path.open("rb+") as file:
                 lines[name] = sum(1 for _ in file)
                 os.fsync(file.fileno())
         return lines
@@ -96,9 +107,10 @@ class Tracker:
             raise InvariantError(f"{self._stage} step {step}: not finite: {bad}")
         self._append("metrics.jsonl", {"step": step, **metrics})
         self._last_metrics = dict(metrics)
-        for name, value in metrics.items():
-            if self._writer is not None:
-                self._writer.add_scalar(name, value, step)
+        if self._curves is not None:
+            with self._going_on_without_curves():
+                for name, value in metrics.items():
+                    self._curves.add_scalar(name, value, step)
 
     def log_timing(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line of clocks (seconds) and memory (bytes) to timings.jsonl."""
@@ -116,8 +128,22 @@ class Tracker:
         write_json(self._folder.parent / "status.json", asdict(status), durable=False)
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        if self._curves is not None:
+            with self._going_on_without_curves():
+                self._curves.close()
+
+    @contextmanager
+    def _going_on_without_curves(self) -> Generator[None]:
+        """TensorBoard is a copy of metrics.jsonl: a run is not lost for one that cannot be written."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 # whatever TensorBoard makes of a full disk, or of its own writing thread's end
+            self._curves = None
+            _log.warning(
+                "%s: TensorBoard's files cannot be written (%s); the run goes on without them, all is in metrics.jsonl",
+                self._stage,
+                error,
+            )
 
     def _append(self, name: str, values: Mapping[str, float]) -> None:
         path = self._folder / name

@@ -1,10 +1,12 @@
 import json
+import logging
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
-from align.errors import InvariantError
+from align.errors import InvariantError, StorageError
 from align.tracking import Tracker
 
 
@@ -85,3 +87,40 @@ def test_tensorboard_is_written_only_if_asked_for(tmp_path: Path) -> None:
     tracker.log(1, {"x": 1.0})
     tracker.close()
     assert any((tmp_path / "ppo" / "tensorboard").iterdir())
+
+
+def test_a_tensorboard_that_cannot_be_made_is_done_without(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "ppo").mkdir()
+    (tmp_path / "ppo" / "tensorboard").write_text("in its place")
+    tracker = Tracker(tmp_path / "ppo", stage="ppo", tensorboard=True)
+    tracker.log(1, {"x": 1.0})
+    tracker.close()
+    assert lines_of(tmp_path / "ppo" / "metrics.jsonl") == [{"step": 1, "x": 1.0}]
+    assert [record.levelno for record in caplog.records] == [logging.WARNING]
+    assert "ppo: TensorBoard's files cannot be written" in caplog.text
+
+
+def test_a_tensorboard_that_fails_later_is_told_once_and_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: object, name: str, value: float, step: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    tracker = Tracker(tmp_path / "ppo", stage="ppo", tensorboard=True)
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", fail)
+    for step in (1, 2):
+        tracker.log(step, {"x": 1.0})
+    tracker.close()
+    assert [line["step"] for line in lines_of(tmp_path / "ppo" / "metrics.jsonl")] == [1, 2]
+    assert caplog.text.count("No space left on device") == 1
+
+
+def test_a_folder_that_has_vanished_is_named(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path / "run" / "ppo", stage="ppo")
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(StorageError, match=r"cannot write .*run/ppo/metrics\.jsonl"):
+        tracker.log(1, {"x": 1.0})
+    with pytest.raises(StorageError, match=r"cannot write .*run/ppo/metrics\.jsonl"):
+        tracker.settle()
+    with pytest.raises(StorageError, match=r"cannot write .*run/status\.json"):
+        tracker.progress(0, 1, "learning")
