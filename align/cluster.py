@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from align.artifacts import write_text
 from align.config import BaseModelConfig, ClusterConfig, Config
-from align.errors import AlignError, OutOfMemoryError, PlacementError, WorkerDiedError, WorkerError
+from align.errors import AlignError, OutOfMemoryError, PlacementError, StorageError, WorkerDiedError, WorkerError
 from align.installation import verify_worker
 from align.messages import last_words
 from align.worker import Outcome, StageCall, Worker
@@ -183,10 +184,14 @@ class Cluster:
                 f"the worker died ({doing}): {_condense(error)}{own} (all that Ray says: {saved})"
             ) from None
 
-    def _save(self, error: Exception) -> Path:
-        path = self._run / "error.txt"
-        path.write_text(re.sub(r"\x1b\[[0-9;]*m", "", str(error)) + "\n", encoding="utf-8")
-        return path
+    def _save(self, error: Exception) -> str:
+        """Where all that Ray says of it is to be read."""
+        path, said = self._run / "error.txt", re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+        try:
+            write_text(path, said + "\n")
+        except StorageError as why:  # the error itself counts for more
+            return f"not kept: {why}"
+        return str(path)
 
 
 def connect(address: str) -> bool:

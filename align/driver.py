@@ -10,11 +10,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from align.artifacts import Artifact, newest_whole, read_json, write_json
+from align.artifacts import Artifact, newest_whole, read_json, write_json, write_text
 from align.base import resolve_base
 from align.cluster import Cluster, is_in_ray_job
 from align.config import Config
-from align.errors import AlignError, OutOfMemoryError, StoppedError, TerminatedError, UsageError, WorkerDiedError
+from align.errors import (
+    AlignError,
+    ArtifactError,
+    OutOfMemoryError,
+    StoppedError,
+    TerminatedError,
+    UsageError,
+    WorkerDiedError,
+)
 from align.handover import FinishedStep, begin, build_inputs, current_results, gather, read_finished, write_finished
 from align.installation import import_root, verify_current_folder
 from align.intake import StageData, parts_of_step, read_stage_data
@@ -113,7 +121,7 @@ def run_pipeline(
                     allowed=allowed,
                 )
                 if step == steps[0]:  # not before: a refused command leaves the config of what is there
-                    (run / "config.yaml").write_text(dump(config), encoding="utf-8")
+                    write_text(run / "config.yaml", dump(config))
                     warn_of_stale(config, steps[0], run=run, base_identity=base_identity, display=display)
                 display.step(step, f"{decision.kind} ({decision.reason})")
                 if decision.finished is None:
@@ -258,10 +266,11 @@ class Journal:
 
 
 def _earlier_seconds(run: Path) -> float:
-    path = run / "summary.json"
-    if not path.exists():
+    """Of a summary that is not there, or not whole, nothing: it is written anew."""
+    try:
+        return float(cast(Any, read_json(run / "summary.json"))["seconds"]["install_excluded_total"])
+    except (ArtifactError, KeyError, TypeError, ValueError):
         return 0.0
-    return float(cast(Any, read_json(path))["seconds"]["install_excluded_total"])
 
 
 class Watch:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+from align.artifacts import writing
 from align.config import Config, DatasetConfig, SourceConfig, StageName
 from data.records import Account, Demonstration, PlainText, Record, RecordKind
 from data.rejects import check_rate, describe, write_rejects
@@ -53,7 +54,8 @@ def read_stage_data(config: Config, stage: StageName, run: Path, note: Callable[
     if stage == "ppo" and config.data.ptx is not None:
         readings["data.ptx"] = read_records(config.data.ptx, "demonstration")
     rejects_path = run / stage / "rejects.jsonl"
-    write_rejects(rejects_path, [reject for reading in readings.values() for reject in reading.rejects])
+    with writing(rejects_path):
+        write_rejects(rejects_path, [reject for reading in readings.values() for reject in reading.rejects])
     for name, reading in readings.items():
         note(f"{name}: {describe(reading.account)}")
         limit = config.data.max_reject_rate

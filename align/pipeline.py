@@ -177,7 +177,12 @@ def decide(
     if checkpoint is None:
         return Decision("run", "started before and did not finish" if _started(folder) else "not run yet")
     refuse_unfinished(folder, resume=resume or is_unattended, fresh=fresh, command=command)
-    started = _started(folder) or {}
+    started = _started(folder)
+    if started is None:
+        raise ArtifactError(
+            f"{folder / 'started.json'} is missing: nothing says what {checkpoint.path.name} was made with; start this "
+            f"stage anew: {command} --stage {folder.name} --fresh"
+        )
     changed = changes(started, parts, but=allowed)
     if changed:
         raise UsageError(_refusal(step, changed, command))

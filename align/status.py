@@ -5,15 +5,15 @@ import json
 import os
 import socket
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import yaml
 
-from align.artifacts import read_json, write_json
-from align.errors import ArtifactError, UsageError
+from align.artifacts import read_json, write_json, writing
+from align.errors import ArtifactError, StorageError, UsageError
 from align.tracking import Status
 
 SILENT_AFTER_SECONDS = 60.0
@@ -36,7 +36,7 @@ def read_status(run: Path) -> Status | None:
     try:
         content = cast(dict[str, Any], json.loads((run / "status.json").read_text(encoding="utf-8")))
         return Status(**{name: content[name] for name in Status.__dataclass_fields__ if name in content})
-    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+    except (OSError, ValueError, TypeError):
         return None
 
 
@@ -89,18 +89,21 @@ def occupied(run: Path) -> Generator[None]:
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
-        (run / "stopped.json").unlink(missing_ok=True)
+        with writing(run / "stopped.json"):
+            (run / "stopped.json").unlink(missing_ok=True)
         yield
 
 
 def write_end(run: Path, reason: str) -> None:
-    write_json(run / "stopped.json", {"reason": reason})
+    """A word for `align status`; where it cannot be written, what ended the run is what counts."""
+    with suppress(StorageError):
+        write_json(run / "stopped.json", {"reason": reason})
 
 
 def _read_end(run: Path) -> str | None:
     try:
         return str(cast(dict[str, object], read_json(run / "stopped.json"))["reason"])
-    except (ArtifactError, KeyError):
+    except (ArtifactError, KeyError, TypeError):
         return None
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -89,6 +90,12 @@ def stopping_half_way(config: Any, inputs: Any, context: StageContext) -> StageR
     context.tracker.log_timing(3, {"seconds/learn": 50.0})
     _write(context, "checkpoint", "c", name="checkpoints/update-00002")
     raise KeyboardInterrupt
+
+
+def losing_the_run_folder(config: Any, inputs: Any, context: StageContext) -> StageResult:
+    shutil.rmtree(context.folder.parent)
+    context.tracker.log(1, {"loss": 1.0})
+    raise AssertionError("not reached")
 
 
 def _write(context: StageContext, kind: str, text: str, *, name: str | None = None) -> Artifact:

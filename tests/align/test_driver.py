@@ -13,6 +13,7 @@ import pytest
 import align.cluster
 import align.driver
 from align import settings
+from align.artifacts import read_json
 from align.driver import run_pipeline
 from align.errors import (
     AlignError,
@@ -22,6 +23,7 @@ from align.errors import (
     OutOfMemoryError,
     PlacementError,
     StoppedError,
+    StorageError,
     UsageError,
     WorkerDiedError,
     WorkerError,
@@ -192,6 +194,23 @@ def test_the_time_of_a_resumed_step_holds_what_was_kept_of_the_stopped_one(folde
     seconds = run(folder, resume=True)["seconds"]
     assert seconds["ppo"] > 1000
     assert seconds["install_excluded_total"] > 1000
+
+
+def test_a_run_folder_that_vanishes_is_one_error_that_names_it(folder: Path, ray_cluster: None) -> None:
+    with pytest.raises(StorageError, match=r"cannot write .*/sft/metrics\.jsonl"):
+        run(folder, stage="sft", change={"sft": fake_stages.losing_the_run_folder})
+    assert not run_of(folder).exists()
+
+
+def test_a_run_folder_moved_elsewhere_goes_on_there(folder: Path, ray_cluster: None) -> None:
+    with pytest.raises(WorkerError):
+        run(folder, "cluster.max_failures=0", change={"ppo": fake_stages.stopping_half_way})
+    elsewhere = folder / "elsewhere"
+    (folder / "runs").rename(elsewhere)
+    assert run(folder, f"run.root={elsewhere}", resume=True)["ppo"] == {"first_update": 2}
+    assert not (folder / "runs").exists()
+    lineage = read_json(elsewhere / run_of(folder).name / "lineage.json")
+    assert str(folder / "runs") not in json.dumps(lineage)
 
 
 def test_a_stage_before_its_inputs_is_refused_without_ray(folder: Path, no_ray: None) -> None:
