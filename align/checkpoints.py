@@ -148,6 +148,7 @@ class StageCheckpoints:
         self._context = context
         self._folder = context.folder / "checkpoints"
         self._saved = time.monotonic()  # or begun: either way what is later would be lost
+        self.seconds = 0.0  # that the last one took
 
     def is_due(self, step: int, quality: float | None = None) -> bool:
         """`quality` is what a look at held-out data has just said, where there was one: higher is better."""
@@ -163,6 +164,7 @@ class StageCheckpoints:
 
     def save(self, step: int, groups: Groups, state: State, quality: float | None = None) -> None:
         """What has been logged so far comes before the step, what is logged later after it."""
+        start = time.monotonic()
         own = {"lines": self._context.tracker.settle(), "split": self._context.split, "quality": quality}
         checkpoint = Checkpoint(step, groups, {**state, **own})
         save_checkpoint(
@@ -174,6 +176,7 @@ class StageCheckpoints:
             keep_best=self._keep_best,
         )
         self._saved = time.monotonic()
+        self.seconds = self._saved - start
 
     def resume(self) -> Checkpoint | None:
         """What the stage continues from, the logs put back to where they were then; None if it starts anew."""

@@ -94,7 +94,8 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
         tracker.log(
             step, {"episode": step * len(episodes), **metrics, **learnt, "optimizer/learning_rate": rate, **looked}
         )
-        tracker.log_timing(step, _seconds([*clock, time.perf_counter()]))
+        seconds = _seconds([*clock, time.perf_counter()])
+        tracker.log_timing(step, {**seconds, "seconds/checkpoint": checkpoints.seconds})  # of the update before
         reason = guard.reason_to_stop(metrics["objective/kl"])
         if reason is not None:
             break

@@ -40,8 +40,24 @@ BARS: dict[str, Bar] = {
     "distinct-2 ratio ≥ 0.8": ("distinct2_ratio", lambda s: s["eval"]["distinct2_ratio"], None, lambda x: x >= 0.8),
     "EOS rate ≥ 0.9": ("eos_rate", lambda s: s["eval"]["eos_rate"], None, lambda x: x >= 0.9),
     "base loaded once": ("loads", lambda s: s["base"]["loads"], None, lambda x: x == 1),
+    "checkpoints ≤ 3 % of PPO's time": (
+        "checkpoint share",
+        lambda s: s["checkpoints"]["share"],
+        None,
+        lambda x: x <= 0.03,
+    ),
     "minutes < 8": ("minutes", lambda s: s["seconds"]["install_excluded_total"] / 60, None, lambda x: x < 8),
 }
+
+
+def checkpoint_share(timings: Path) -> float:
+    """Of the time of PPO's updates with a checkpoint after each, what the checkpoints took.
+
+    A line holds what its update took and the checkpoint of the update before; after the last there is none.
+    """
+    lines = [json.loads(line) for line in timings.read_text().splitlines()]
+    total = sum(value for line in lines for name, value in line.items() if name.startswith("seconds/"))
+    return sum(line["seconds/checkpoint"] for line in lines) / total
 
 
 def run(root: Path) -> int:
@@ -52,7 +68,8 @@ def run(root: Path) -> int:
         command = [sys.executable, "-m", "align.cli", "run", "configs/quickstart.yaml", f"run.root={root.absolute()}"]
         command += [f"run.name=seed-{seed}", f"run.seed={seed}", "--json", "--quiet", "--resume"]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        summaries.append(json.loads(done.stdout))
+        share = checkpoint_share(root / f"seed-{seed}" / "ppo" / "timings.jsonl")
+        summaries.append({**json.loads(done.stdout), "checkpoints": {"share": share}})
     table = Table("bar", *(f"seed {seed}" for seed in SEEDS), "mean", "held")
     missed = 0
     rows = {}

@@ -1,3 +1,4 @@
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -365,3 +366,10 @@ def test_a_head_for_another_width_is_refused_with_both_widths(tmp_path: Path) ->
             ppo_config(updates=1),
             replace(inputs, reward_models=(replace(inputs.reward_models[0], head=wide),)),
         )
+
+
+def test_what_a_checkpoint_took_stands_in_the_timings_of_the_update_after_it(tmp_path: Path) -> None:
+    run_ppo(ppo_config(updates=3), ppo_inputs(tmp_path), context_of(resident(), tmp_path, "ppo"))
+    lines = [json.loads(line) for line in (tmp_path / "ppo" / "timings.jsonl").read_text().splitlines()]
+    first, second, third = (line["seconds/checkpoint"] for line in lines)
+    assert (first, second > 0, third > 0) == (0.0, True, True)
