@@ -1,7 +1,8 @@
-"""A disk that is full while a stage writes: one clear error, the checkpoint before loads, and the run goes on later."""
+"""A disk that is full or read-only while a stage writes: one clear error, the checkpoint before loads, and the run goes
+on later."""
 
 import subprocess
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ def small_disk(tmp_path: Path) -> Generator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
+def remount(folder: Path, how: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{how}", folder], check=True)
+
+
 def fill_up(ballast: Path, *, room: int) -> None:
     """Write until nothing fits, then leave so many bytes."""
     with suppress(OSError), ballast.open("wb", buffering=0) as file:
@@ -35,24 +40,41 @@ def fill_up(ballast: Path, *, room: int) -> None:
         file.truncate(ballast.stat().st_size - room)
 
 
+def sft_until(step: int, fault: Callable[[], None], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train until the fault makes writing impossible, before the checkpoint of that step."""
+    own: Any = Tracker.log
+
+    def log(tracker: Tracker, at: int, metrics: dict[str, float]) -> None:
+        own(tracker, at, metrics)
+        if at == step:
+            fault()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tracker, "log", log)
+        sft(folder)
+
+
 @pytest.mark.parametrize("room", [0, 100_000], ids=["none", "for some of the files"])
 def test_a_disk_that_fills_up_costs_what_came_after_the_last_checkpoint(
     room: int, small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sft(tmp_path / "whole")
     ballast = small_disk / "ballast"
-    own: Any = Tracker.log
-
-    def log(tracker: Tracker, step: int, metrics: dict[str, float]) -> None:
-        own(tracker, step, metrics)
-        if step == 4:  # its checkpoint comes next
-            fill_up(ballast, room=room)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Tracker, "log", log)
-        with pytest.raises(StorageError, match=r"cannot write .*No space left on device.*is kept"):
-            sft(small_disk)
+    with pytest.raises(StorageError, match=r"cannot write .*No space left on device.*is kept"):
+        sft_until(4, lambda: fill_up(ballast, room=room), small_disk, monkeypatch)
     assert [path.name for path in (small_disk / "sft" / "checkpoints").iterdir()] == ["update-00002"]
     ballast.unlink()
+    sft(small_disk, resume=True)
+    assert hashes_of(small_disk / "sft") == hashes_of(tmp_path / "whole" / "sft")
+
+
+def test_a_disk_that_becomes_read_only_costs_what_came_after_the_last_checkpoint(
+    small_disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sft(tmp_path / "whole")
+    with pytest.raises(StorageError, match=r"cannot write .*Read-only file system.*is kept"):
+        sft_until(4, lambda: remount(small_disk, "ro"), small_disk, monkeypatch)
+    remount(small_disk, "rw")
+    assert [path.name for path in (small_disk / "sft" / "checkpoints").iterdir()] == ["update-00002"]
     sft(small_disk, resume=True)
     assert hashes_of(small_disk / "sft") == hashes_of(tmp_path / "whole" / "sft")
