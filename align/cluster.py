@@ -177,7 +177,7 @@ class Cluster:
         except RayError as error:
             saved = self._save(error)
             if isinstance(error, RayOutOfMemoryError):
-                raise OutOfMemoryError(f"out of memory in {doing}: {_condense(error)} (Ray: {saved})") from None
+                raise OutOfMemoryError(f"out of memory in {doing}: {_memory_seen(error)} (Ray: {saved})") from None
             said = last_words(self._run)
             own = f" Its last words: {said}" if said else ""
             raise WorkerDiedError(
@@ -293,3 +293,9 @@ def _condense(error: Exception) -> str:
     """Ray's cause without its table of ids and its list of guesses."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("\t")]
     return re.split(r" (?:Some common|There are some potential root) causes", " ".join(lines))[0]
+
+
+def _memory_seen(error: Exception) -> str:
+    """Of the page that Ray's memory monitor writes, how full the node was."""
+    found = re.search(r"was (\S+ used / \S+) limit", str(error))
+    return f"Ray ended the worker, its node had {found[1]}" if found else _condense(error)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,15 @@ def without_memory_for(rows: int, config: Any, inputs: Any, context: StageContex
         torch.empty(2**60)
     result = fake_ppo(config, inputs, context)
     return replace(result, metrics={**result.metrics, "split": context.split})
+
+
+def hungry(config: Any, inputs: Any, context: StageContext) -> StageResult:
+    """Takes more and more of the machine's memory until it is computed in parts."""
+    held: list[bytes] = []
+    while context.split == 1:
+        held.append(b"x" * 2**27)
+        time.sleep(0.1)  # Ray looks four times a second
+    return fake_sft(config, inputs, context)
 
 
 def stopping_in_parts(config: Any, inputs: Any, context: StageContext) -> StageResult:
