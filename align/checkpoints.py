@@ -8,7 +8,7 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -100,12 +100,19 @@ def save_checkpoint(
     artifact = write_directory(
         path, fill, kind="checkpoint", stage=stage, step=checkpoint.step, base_identity=base_identity
     )
-    there = [other for other in checkpoint_folders(folder) if other.name <= path.name]
-    best = sorted(there, key=_quality)[-keep_best:] if keep_best else []
-    for other in checkpoint_folders(folder):
-        if other not in there[-keep:] and not (other in best and _quality(other) > -math.inf):
+    there = checkpoint_folders(folder)
+    earlier = [other for other in there if other.name <= path.name]
+    kept = {*earlier[-keep:], *(_best(earlier)[-keep_best:] if keep_best else ())}
+    for other in there:
+        if other not in kept:
             shutil.rmtree(other)
     return artifact
+
+
+def _best(checkpoints: Iterable[Path]) -> list[Path]:
+    """Those that were looked at, the best last."""
+    qualities = {path: _quality(path) for path in checkpoints}
+    return sorted((path for path, quality in qualities.items() if quality > -math.inf), key=qualities.__getitem__)
 
 
 def _quality(checkpoint: Path) -> float:
