@@ -107,16 +107,12 @@ def look(
     micro_batch_size: int,
     temperature: float,
     pad_id: int,
-    split: int = 1,
 ) -> Rollout:
-    """Compose the micro-batches and let policy, reference, reward sources and critic each look at them.
-
-    With `split`, which divides their size, each is that many smaller ones in a row.
-    """
+    """Compose the micro-batches and let policy, reference, reward sources and critic each look at them."""
     lengths = [len(e.prompt_ids) + len(e.response_ids) for e in episodes]
     micro_batches: list[MicroBatch] = []
     gaps: list[Tensor] = []
-    for group in length_sorted_batches(lengths, micro_batch_size // split):
+    for group in length_sorted_batches(lengths, micro_batch_size):
         chosen = [episodes[i] for i in group]
         batch = collate(chosen, pad_id=pad_id, device=model.device)
         with model.role(POLICY):

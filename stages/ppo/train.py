@@ -66,8 +66,7 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
             episodes,
             parts.sources,
             actor_critic.critic,
-            micro_batch_size=config.loss.micro_batch_size,
-            split=context.split,
+            micro_batch_size=context.part_of(config.loss.micro_batch_size),
             temperature=parts.sampling.temperature,
             pad_id=parts.codec.pad_id,
         )
