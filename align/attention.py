@@ -1,27 +1,50 @@
-"""Attention of one new token over a key/value cache, without a copy of keys and values for each query head.
+"""Attention where transformers' `sdpa` does needless work; the numbers are the same.
 
-transformers' `sdpa` repeats keys and values for grouped queries whenever there is a mask, in each layer at each token:
-with three query heads a group that is most of what decoding moves. The queries of a group are one batch of rows
-against the same keys, so they stand side by side instead; the numbers are the same.
+Decoding: `sdpa` repeats keys and values for grouped queries whenever there is a mask, in each layer at each token: with
+three query heads a group that is most of what decoding moves. The queries of a group are one batch of rows against the
+same keys, so they stand side by side instead.
+
+Learning: a mask that only hides padding on the right is not needed, since causal attention never looks there; without
+one, nothing is repeated either. And torch's flash attention takes 3 to 5 times as long backwards in a CPU's bfloat16
+as in float32 at the lengths of short responses, so there it goes back in float32.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 _NAME = "align_sdpa"
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_FLOAT32_LENGTH = 256  # tokens of a row, at most, that go back in float32: past it bfloat16 is the faster one
 
 
 def use_grouped_attention(model: PreTrainedModel) -> None:
     """Where the model would use `sdpa`, use this; what has an attention of its own keeps it."""
     AttentionInterface.register(_NAME, _attend)
-    AttentionMaskInterface.register(_NAME, sdpa_mask)
+    AttentionMaskInterface.register(_NAME, _mask)
     if model.config._attn_implementation == "sdpa":  # pyright: ignore[reportPrivateUsage]
         model.set_attn_implementation(_NAME)
+
+
+def _mask(
+    batch_size: int, q_length: int, kv_length: int, *args: Any, attention_mask: Tensor | None = None, **options: Any
+) -> Tensor | None:
+    """What `sdpa_mask` makes of it; padding on the right of whole rows needs no mask."""
+    if (
+        attention_mask is not None
+        and q_length == kv_length == attention_mask.shape[-1]
+        and not torch.compiler.is_compiling()
+    ):
+        is_token_BS = attention_mask.bool()
+        if bool((is_token_BS[:, :-1] >= is_token_BS[:, 1:]).all()):
+            attention_mask = None
+    return sdpa_mask(batch_size, q_length, kv_length, *args, attention_mask=attention_mask, **options)
 
 
 def _attend(
@@ -30,6 +53,9 @@ def _attend(
     """query (B, heads, S, D), key and value (B, groups, L, D), mask (B, 1, S, L) → (B, S, heads, D)."""
     batch, num_heads, length, _ = query.shape
     num_groups = key.shape[1]
+    if _goes_back_in_float32(module, query, key, value, attention_mask, options):
+        out = _CausalAttention.apply(query, key, value, options.get("scaling"))
+        return out.transpose(1, 2).contiguous(), None
     if length > 1 or num_heads == num_groups or options.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     grouped = query.view(batch, num_groups, num_heads // num_groups, -1)
@@ -38,3 +64,38 @@ def _attend(
         grouped, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scale
     )
     return out.view(batch, 1, num_heads, -1), None
+
+
+def _goes_back_in_float32(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> bool:
+    """Whether it is plain causal attention of whole rows, short ones, in a CPU's bfloat16."""
+    is_causal = options.get("is_causal")
+    return (
+        query.device.type == "cpu"
+        and query.dtype == torch.bfloat16
+        and 1 < query.shape[2] == key.shape[2] <= _FLOAT32_LENGTH
+        and query.shape[3] == value.shape[3]
+        and mask is None
+        and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        and not options.get("dropout")
+        and options.get("position_bias") is None
+    )
+
+
+class _CausalAttention(torch.autograd.Function):
+    """torch's own flash attention, forwards as ever, backwards in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        out, logsumexp = _flash(query, key, value, 0.0, True, scale=scale)
+        ctx.save_for_backward(query, key, value, out, logsumexp)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    @once_differentiable  # it has no types, so pyright misses the name of ctx
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        *wide, logsumexp = (tensor.float() for tensor in ctx.saved_tensors)
+        found = _flash_backward(gradients[0].float(), *wide, logsumexp, 0.0, True, scale=ctx.scale)
+        return *(gradient.to(gradients[0].dtype) for gradient in found), None

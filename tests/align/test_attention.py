@@ -1,10 +1,13 @@
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from align.attention import _attend  # pyright: ignore[reportPrivateUsage]
-from tests.resident import resident
+from align import attention
+from align.attention import _attend, _mask  # pyright: ignore[reportPrivateUsage]
+from tests.resident import SHAPES, resident
 
 
 @pytest.mark.parametrize("has_mask", [True, False])
@@ -27,3 +30,84 @@ def test_grouped_attention_is_that_of_repeated_keys_and_values(
 
 def test_a_loaded_base_uses_it() -> None:
     assert resident("llama").base.model.config._attn_implementation == "align_sdpa"  # pyright: ignore[reportPrivateUsage]
+
+
+# ---- the mask ----
+
+
+def mask_of(*rows: str, keys: int = 4, **options: Any) -> Tensor | None:
+    """Of rows as "##__", a token or padding each."""
+    is_token_BS = torch.tensor([[char == "#" for char in row] for row in rows])
+    return _mask(len(rows), 4, keys, attention_mask=is_token_BS, **options)
+
+
+def test_padding_on_the_right_alone_needs_no_mask() -> None:
+    assert mask_of("####", "##__", "#___") is None
+    assert mask_of("####", "__##") is not None
+    assert mask_of("####", "#_##") is not None
+    assert mask_of("#####_", "####__", keys=6, q_offset=2) is not None  # there is a cache
+
+
+def test_a_window_keeps_its_mask_and_sees_what_it_saw() -> None:
+    def window(batch: int, head: int, query: Tensor, key: Tensor) -> Tensor:
+        return (key <= query) & (key > query - 2)
+
+    mask = mask_of("####", "##__", mask_function=window, local_size=2)
+    assert mask is not None
+    assert mask.expand(2, 1, 4, 4)[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tokens_before_padding_are_the_same_with_and_without_a_mask(shape: str) -> None:
+    trunk = resident(shape).trunk
+    ids_BS = torch.randint(0, 250, (3, 9), generator=torch.Generator().manual_seed(0))
+    is_token_BS = torch.arange(9) < torch.tensor([9, 6, 2])[:, None]
+    with torch.no_grad():
+        masked = trunk(input_ids=ids_BS, attention_mask=is_token_BS).last_hidden_state
+        plain = trunk(input_ids=ids_BS).last_hidden_state
+    torch.testing.assert_close(masked[is_token_BS], plain[is_token_BS])
+
+
+# ---- the backward pass in bfloat16 ----
+
+
+def gradients(inputs: list[Tensor], weight: Tensor, attend: Any) -> list[Tensor]:
+    """The output and the gradients of Σ weight · attention by queries, keys and values."""
+    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+    module = nn.Module()
+    module.num_key_value_groups, module.is_causal = inputs[0].shape[1] // inputs[1].shape[1], True  # type: ignore[assignment]
+    out, _ = attend(module, *inputs, None, scaling=0.3)
+    return [out.detach(), *torch.autograd.grad((out * weight.to(out.dtype)).sum(), inputs)]
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    return ((found.float() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("length", [2, 80, 256, 257])
+def test_the_gradients_in_bfloat16_are_no_further_from_the_exact_ones_than_torchs(length: int) -> None:
+    torch.manual_seed(0)
+    narrow = [torch.randn(2, heads, length, 16).bfloat16() for heads in (6, 2, 2)]
+    weight = torch.randn(2, length, 6, 16)
+    exact = gradients([tensor.float() for tensor in narrow], weight, sdpa_attention_forward)
+    theirs = gradients(narrow, weight, sdpa_attention_forward)
+    ours = gradients(narrow, weight, _attend)
+    assert torch.equal(ours[0], theirs[0])  # forwards it is torch's own, to the bit
+    for own, other, true in zip(ours, theirs, exact, strict=True):
+        assert own.dtype == other.dtype
+        assert distance(own, true) <= 1.01 * distance(other, true)
+
+
+def test_the_backward_pass_in_bfloat16_is_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[torch.dtype] = []
+    plain = attention._flash_backward  # pyright: ignore[reportPrivateUsage]
+
+    def watched(gradient: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found.append(gradient.dtype)
+        return plain(gradient, *args, **kwargs)
+
+    monkeypatch.setattr(attention, "_flash_backward", watched)
+    for length in (256, 257):
+        inputs = [torch.randn(1, heads, length, 16).bfloat16() for heads in (6, 2, 2)]
+        gradients(inputs, torch.randn(1, length, 6, 16), _attend)
+    assert found == [torch.float32]  # the longer one is torch's
