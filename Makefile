@@ -32,7 +32,7 @@ test: venv ## the tests that need no GPU and little time
 test-gpu: venv ## the tests that need a GPU
 	$(BIN)/pytest -m gpu
 
-faults: venv ## workers and drivers killed at 20 random instants each (half an hour)
+faults: venv ## workers and drivers killed at 20 random instants each, and in each stage of the quickstart (an hour)
 	FAULTS=20 $(BIN)/pytest -m slow tests/faults
 
 bars: venv ## every benchmark, held against its bars (hours; each alone: python -m tests.benchmarks NAME)

@@ -14,7 +14,7 @@ from align.artifacts import sha256_of_file
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.yaml"
 SECRETS = {name: f"{name}-must-not-be-kept" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY")}
-PATIENCE_SECONDS = 900.0  # for a machine that is busy with something else
+PATIENCE_SECONDS = 1800.0  # for a machine that is busy with something else
 _REPRODUCIBLE = ("adapter", "head", "value_adapter", "metrics.jsonl")
 
 

@@ -1,6 +1,7 @@
-"""Kill -9 at random instants of tiny.yaml's stages: what is resumed ends with the bytes of a run that nobody killed.
+"""Kill -9 at random instants of the stages: what is resumed ends with the bytes of a run that nobody killed.
 
-The short form kills twice a worker and twice a driver, in all three stages; FAULTS=20 (make faults) each 20 times.
+The short form kills twice a worker and twice a driver of tiny.yaml, in all three stages; FAULTS=20 (make faults) each
+20 times, and then those of the quickstart once in each stage.
 """
 
 import os
@@ -16,10 +17,11 @@ import pytest
 
 from align.artifacts import read_json
 from align.handover import read_finished
-from tests.shell import TINY, Shell, descendants, finish, new_shell, reproducible, run_of, wait_until
+from tests.shell import ROOT, TINY, Shell, descendants, finish, new_shell, reproducible, run_of, wait_until
 
 pytestmark = pytest.mark.slow
 
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 STAGES = ("sft", "reward", "ppo")
 # Long enough to be hit anywhere, with a checkpoint after each update
 SIZES = (
@@ -34,21 +36,29 @@ COUNT = int(os.environ.get("FAULTS", "2"))
 class Whole:
     """The run that nobody killed."""
 
-    shell: Shell
+    run: Path
     seconds: dict[str, float]  # of each stage
 
-    @property
-    def run(self) -> Path:
-        return run_of(self.shell)
+
+def run_whole(name: str, tmp_path_factory: pytest.TempPathFactory, *command: str | Path) -> Whole:
+    shell = new_shell(tmp_path_factory.mktemp("whole"), tmp_path_factory.getbasetemp() / "align-cache")
+    finished = shell.align("run", *command)
+    assert finished.returncode == 0, finished.stderr
+    run = shell.folder / "runs" / name
+    steps = {stage: read_finished(run / stage) for stage in STAGES}
+    return Whole(run, {stage: step.vitals.seconds for stage, step in steps.items() if step is not None})
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    shell = new_shell(tmp_path_factory.mktemp("whole"), tmp_path_factory.getbasetemp() / "align-cache")
-    finished = shell.align("run", TINY, *SIZES)
-    assert finished.returncode == 0, finished.stderr
-    steps = {stage: read_finished(run_of(shell) / stage) for stage in STAGES}
-    return Whole(shell, {stage: step.vitals.seconds for stage, step in steps.items() if step is not None})
+    return run_whole("tiny", tmp_path_factory, TINY, *SIZES)
+
+
+@pytest.fixture(scope="module")
+def whole_quickstart(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    if COUNT < 20:
+        pytest.skip("the quickstart is killed in the long form: make faults")
+    return run_whole("quickstart", tmp_path_factory, QUICKSTART)
 
 
 def start_until(instant: int, whole: Whole, shell: Shell) -> subprocess.Popen[str]:
@@ -58,13 +68,25 @@ def start_until(instant: int, whole: Whole, shell: Shell) -> subprocess.Popen[st
     for earlier in STAGES[: STAGES.index(stage)]:
         shutil.copytree(whole.run / earlier, run / earlier)
     process = shell.start("run", TINY, *SIZES)
+    wait_for(instant, stage, run, whole, process)
+    return process
+
+
+def wait_for(instant: int, stage: str, run: Path, whole: Whole, process: subprocess.Popen[str]) -> None:
+    """Until the stage has run for a random share of its time."""
     wait_until(lambda: (run / stage / "started.json").exists(), process)
     time.sleep(random.Random(instant).random() * whole.seconds[stage])
-    return process
 
 
 def worker_of(below: dict[int, str]) -> int:
     return next(pid for pid, title in below.items() if title.startswith("ray::Worker"))
+
+
+def kill_driver(process: subprocess.Popen[str]) -> None:
+    below = descendants(process.pid)
+    process.kill()
+    # Ray's agents look for their dead control service for a minute before they end; they hold nothing of the run
+    finish(process, {pid: title for pid, title in below.items() if not title.startswith(AGENTS)})
 
 
 @pytest.fixture
@@ -89,10 +111,7 @@ def test_a_run_whose_worker_is_killed_goes_on_by_itself_to_the_same_bytes(
 @pytest.mark.parametrize("instant", range(COUNT, 2 * COUNT))
 def test_a_run_whose_driver_is_killed_is_resumed_to_the_same_bytes(instant: int, whole: Whole, shell: Shell) -> None:
     process = start_until(instant, whole, shell)
-    below = descendants(process.pid)
-    process.kill()
-    # Ray's agents look for their dead control service for a minute before they end; they hold nothing of the run
-    finish(process, {pid: title for pid, title in below.items() if not title.startswith(AGENTS)})
+    kill_driver(process)
     finished = shell.align("run", TINY, *SIZES, "--resume")
     assert finished.returncode == 0, finished.stderr
     assert reproducible(run_of(shell)) == reproducible(whole.run)
@@ -100,3 +119,32 @@ def test_a_run_whose_driver_is_killed_is_resumed_to_the_same_bytes(instant: int,
     assert isinstance(summary, dict)
     assert isinstance(other, dict)
     assert all(summary[section] == other[section] for section in ("sft", "reward", "ppo", "eval"))
+
+
+def test_the_quickstart_whose_worker_is_killed_in_each_stage_ends_with_the_same_bytes(
+    whole_quickstart: Whole, shell: Shell
+) -> None:
+    process = shell.start("run", QUICKSTART)
+    run, below = shell.folder / "runs" / "quickstart", dict[int, str]()
+    for instant, stage in enumerate(STAGES):
+        wait_for(instant, stage, run, whole_quickstart, process)
+        present = descendants(process.pid)
+        os.kill(worker_of(present), signal.SIGKILL)
+        below |= present
+    finished = finish(process, descendants(process.pid) | below)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("warning: the worker died (") == len(STAGES), finished.stdout
+    assert reproducible(run) == reproducible(whole_quickstart.run)
+
+
+def test_the_quickstart_whose_driver_is_killed_in_each_stage_ends_with_the_same_bytes(
+    whole_quickstart: Whole, shell: Shell
+) -> None:
+    run = shell.folder / "runs" / "quickstart"
+    for instant, stage in enumerate(STAGES):
+        process = shell.start("run", QUICKSTART, *(["--resume"] if instant else []))
+        wait_for(instant, stage, run, whole_quickstart, process)
+        kill_driver(process)
+    finished = shell.align("run", QUICKSTART, "--resume")
+    assert finished.returncode == 0, finished.stderr
+    assert reproducible(run) == reproducible(whole_quickstart.run)
