@@ -128,6 +128,7 @@ def load_base(config: BaseModelConfig) -> Base:
     import torch
 
     from align.attention import use_grouped_attention
+    from align.products import bound_kernel_caches
 
     global _loads
     resolved = resolve_base(config)
@@ -144,6 +145,7 @@ def load_base(config: BaseModelConfig) -> Base:
         logging.getLogger(__name__).warning(
             "base.trust_remote_code is on: Python code that comes with %s runs on this machine", config.model
         )
+    bound_kernel_caches()
     model, tokenizer = _load_whole(folder, config, dtype)
     if getattr(model, "_is_stateful", False):
         raise ModelError(
