@@ -81,6 +81,7 @@ def test_a_reward_model_of_each_kind_is_learnt_and_then_learnt_from(
     summary, _ = aligned(
         tmp_path, "run.stages=[reward, ppo]", f"data.reward.train={train}", f"data.reward.held_out={held_out}",
         "reward.epochs=12", "reward.learning_rate=5e-3", *LEARNS, "ppo.updates=40",
+        "ppo.optimizer.schedule=linear",  # a constant rate this high swings, and may end in a dip
         *options,
     )  # fmt: skip
     assert summary["reward"]["accuracy"] > 0.9
