@@ -127,7 +127,7 @@ def load_base(config: BaseModelConfig) -> Base:
     """
     import torch
 
-    from align.attention import use_grouped_attention
+    from align.attention import use_own_attention
     from align.products import bound_kernel_caches
 
     global _loads
@@ -153,7 +153,7 @@ def load_base(config: BaseModelConfig) -> Base:
             "layers; align generates over keys and values alone. Choose a base whose layers all attend."
         )
     _loads += 1
-    use_grouped_attention(model)
+    use_own_attention(model)
     cast("torch.nn.Module", model).to(device).eval().requires_grad_(False)
     eos_ids = _eos_ids(model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id)
     return Base(resolved, model, tokenizer, eos_ids, device, dtype, config.compile)

@@ -32,6 +32,11 @@ def with_adapters(shape: str, *names: str, dtype: str = "float32", **adapters: o
     return model
 
 
+def distance(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Relative to the norm of the exact one."""
+    return ((found.float() - exact.float()).norm() / exact.float().norm()).item()
+
+
 def logits_of(model: AdaptedModel, ids: tuple[int, ...] | list[int]) -> torch.Tensor:
     """float32 (S, V) by the model's own forward, under the present role."""
     with torch.no_grad():

@@ -56,8 +56,8 @@ def new_shell(folder: Path, cache: Path) -> Shell:
     return Shell(folder, {**kept, **own, **SECRETS, "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"})
 
 
-def run_of(shell: Shell) -> Path:
-    return shell.folder / "runs" / "tiny"
+def run_of(shell: Shell, name: str = "tiny") -> Path:
+    return shell.folder / "runs" / name
 
 
 def reproducible(run: Path) -> dict[str, str]:

@@ -7,7 +7,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from align import attention
 from align.attention import _attend, _mask  # pyright: ignore[reportPrivateUsage]
-from tests.resident import SHAPES, resident
+from tests.resident import SHAPES, distance, resident
 
 
 @pytest.mark.parametrize("has_mask", [True, False])
@@ -78,10 +78,6 @@ def gradients(inputs: list[Tensor], weight: Tensor, attend: Any) -> list[Tensor]
     module.num_key_value_groups, module.is_causal = inputs[0].shape[1] // inputs[1].shape[1], True  # type: ignore[assignment]
     out, _ = attend(module, *inputs, None, scaling=0.3)
     return [out.detach(), *torch.autograd.grad((out * weight.to(out.dtype)).sum(), inputs)]
-
-
-def distance(found: Tensor, exact: Tensor) -> float:
-    return ((found.float() - exact).norm() / exact.norm()).item()
 
 
 @pytest.mark.parametrize("length", [2, 80, 256, 257])

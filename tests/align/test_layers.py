@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from align.adapters import AdaptedModel
 from align.config import AdaptersConfig
 from align.heads import ScalarHead
-from tests.resident import SHAPES, randomize, resident, with_adapters
+from tests.resident import SHAPES, distance, randomize, resident, with_adapters
 
 
 def both(dtype: str) -> tuple[AdaptedModel, AdaptedModel]:
@@ -22,10 +22,6 @@ def both(dtype: str) -> tuple[AdaptedModel, AdaptedModel]:
         randomize(model, "policy", scale=0.1)
         models.append(model)
     return models[0], models[1]
-
-
-def distance(found: Tensor, exact: Tensor) -> float:
-    return ((found.float() - exact.float()).norm() / exact.float().norm()).item()
 
 
 def learnt(model: AdaptedModel, ids_BS: Tensor) -> tuple[Tensor, list[Tensor]]:

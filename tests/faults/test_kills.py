@@ -44,7 +44,7 @@ def run_whole(name: str, tmp_path_factory: pytest.TempPathFactory, *command: str
     shell = new_shell(tmp_path_factory.mktemp("whole"), tmp_path_factory.getbasetemp() / "align-cache")
     finished = shell.align("run", *command)
     assert finished.returncode == 0, finished.stderr
-    run = shell.folder / "runs" / name
+    run = run_of(shell, name)
     steps = {stage: read_finished(run / stage) for stage in STAGES}
     return Whole(run, {stage: step.vitals.seconds for stage, step in steps.items() if step is not None})
 
@@ -125,7 +125,7 @@ def test_the_quickstart_whose_worker_is_killed_in_each_stage_ends_with_the_same_
     whole_quickstart: Whole, shell: Shell
 ) -> None:
     process = shell.start("run", QUICKSTART)
-    run, below = shell.folder / "runs" / "quickstart", dict[int, str]()
+    run, below = run_of(shell, "quickstart"), dict[int, str]()
     for instant, stage in enumerate(STAGES):
         wait_for(instant, stage, run, whole_quickstart, process)
         present = descendants(process.pid)
@@ -140,7 +140,7 @@ def test_the_quickstart_whose_worker_is_killed_in_each_stage_ends_with_the_same_
 def test_the_quickstart_whose_driver_is_killed_in_each_stage_ends_with_the_same_bytes(
     whole_quickstart: Whole, shell: Shell
 ) -> None:
-    run = shell.folder / "runs" / "quickstart"
+    run = run_of(shell, "quickstart")
     for instant, stage in enumerate(STAGES):
         process = shell.start("run", QUICKSTART, *(["--resume"] if instant else []))
         wait_for(instant, stage, run, whole_quickstart, process)
