@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,14 +116,30 @@ def write_directory(
     return _as_artifact(path, meta)
 
 
-def clear_leftovers(folder: Path) -> None:
-    """Remove what writers that were killed left in a folder that is all ours, and that nobody writes to now."""
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if re.fullmatch(r"\..+\.\d+\.(tmp|old)", path.name):
+@contextmanager
+def scratch(folder: Path, name: str) -> Generator[Path]:
+    """A folder that is gone afterwards; where its process is killed, `clear_leftovers` finds it."""
+    path = folder / f".{name}.{os.getpid()}.tmp"
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def clear_leftovers(run: Path) -> None:
+    """Remove what writers that were killed left in a run's folder, which nobody writes to now. What cannot be removed
+    stays: it is in nobody's way."""
+    for folder in (run, *run.glob("*/"), *run.glob("*/checkpoints/")):
+        for path in folder.glob(".*"):
+            if not re.fullmatch(r"\..+\.\d+\.(tmp|old)", path.name):
+                continue
             if path.is_dir():
-                shutil.rmtree(path)
+                shutil.rmtree(path, ignore_errors=True)
             else:
-                path.unlink()
+                with suppress(OSError):
+                    path.unlink()
 
 
 def _fsync(path: Path) -> None:
@@ -160,17 +176,27 @@ def read_artifact(path: Path, *, base_identity: str | None = None) -> Artifact:
         raise ArtifactError(f"{path / MANIFEST} is of an earlier version of align, or damaged; make {path.name} again")
     if meta.pop("digest") != sha256_of_json(meta):
         raise ArtifactError(f"{path} is damaged: {MANIFEST} is not as it was written; run the stage again")
-    actual, expected = _hash_files(path), meta["files"]
+    expected = meta["files"]
+    try:
+        actual = _hash_files(path)
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read: {error}; if that stays so, run the stage again") from None
     if actual != expected:
         names = sorted(name for name in {*actual, *expected} if actual.get(name) != expected.get(name))
         raise ArtifactError(f"{path} is damaged: {', '.join(names)} differ from {MANIFEST}; run the stage again")
     artifact = _as_artifact(path, meta)
-    if base_identity is not None and artifact.base_identity != base_identity:
-        raise ArtifactError(
-            f"{path} was made on base {artifact.base_identity[:16]}…, this run's base is {base_identity[:16]}…; "
-            "use the same base.model, or another run.name"
-        )
+    if base_identity is not None:
+        verify_base(artifact, base_identity)
     return artifact
+
+
+def verify_base(artifact: Artifact, base_identity: str) -> None:
+    """ArtifactError if it was made on another base."""
+    if artifact.base_identity != base_identity:
+        raise ArtifactError(
+            f"{artifact.path} was made on base {artifact.base_identity[:16]}…, this run's base is "
+            f"{base_identity[:16]}…; use the same base.model, or another run.name"
+        )
 
 
 def newest_whole(checkpoints: Path) -> tuple[Artifact | None, list[str]]:

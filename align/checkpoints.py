@@ -8,7 +8,7 @@ import math
 import platform
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,14 +22,16 @@ from align.artifacts import (
     Artifact,
     checkpoint_folders,
     newest_whole,
-    read_artifact,
     read_json,
+    sha256_of_json,
+    verify_base,
     write_directory,
     write_json,
 )
 from align.config import BestCheckpointsConfig, CheckpointsConfig
 from align.context import StageContext
-from align.errors import ArtifactError
+from align.errors import ArtifactError, StoppedError
+from align.stopping import is_asked_to_stop
 
 _log = logging.getLogger(__name__)
 
@@ -52,9 +54,20 @@ def environment() -> dict[str, object]:
     return {
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")},
     }
+
+
+def _cpu() -> str:
+    """Its model and what it can do, where the system says that: kernels are chosen by more than AVX."""
+    try:
+        said = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.machine()
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in said.splitlines())}
+    flags = sha256_of_json(found.get("flags") or found.get("Features"))[:8]
+    return f"{platform.machine()} {found.get('model name', '')} (flags {flags})"
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
@@ -135,8 +148,8 @@ def load_newest(folder: Path, *, base_identity: str) -> tuple[Checkpoint | None,
     notes = [f"passed over: {what}" for what in damage]
     if artifact is None:
         return None, notes
+    verify_base(artifact, base_identity)
     path = artifact.path
-    read_artifact(path, base_identity=base_identity)
     groups = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
     state = read_json(path / "state.json")
     assert isinstance(state, dict)
@@ -155,6 +168,7 @@ class StageCheckpoints:
         self._context = context
         self._folder = context.folder / "checkpoints"
         self._saved = time.monotonic()  # or begun: either way what is later would be lost
+        self._saved_step = 0
         self.seconds = 0.0  # that the last one took
 
     def is_due(self, step: int, quality: float | None = None) -> bool:
@@ -182,8 +196,19 @@ class StageCheckpoints:
             keep=self._config.keep_last,
             keep_best=self._keep_best,
         )
-        self._saved = time.monotonic()
+        self._saved, self._saved_step = time.monotonic(), step
         self.seconds = self._saved - start
+
+    def stop_if_asked(self, step: int, content: Callable[[], tuple[Groups, State]]) -> None:
+        """`step` is the last that is finished, and `content` what has to survive of it.
+
+        Raises:
+            StoppedError: the driver has asked for it; the step is on the disk.
+        """
+        if is_asked_to_stop(self._context.folder.parent):
+            if step != self._saved_step:
+                self.save(step, *content())
+            raise StoppedError(f"{self._context.folder.name} stopped after update {step}")
 
     def resume(self) -> Checkpoint | None:
         """What the stage continues from, the logs put back to where they were then; None if it starts anew."""
@@ -193,4 +218,5 @@ class StageCheckpoints:
         for note in notes:
             _log.warning(note)
         self._context.tracker.rewind({} if checkpoint is None else checkpoint.state["lines"])
+        self._saved_step = 0 if checkpoint is None else checkpoint.step
         return checkpoint

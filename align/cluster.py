@@ -16,12 +16,15 @@ from align.config import BaseModelConfig, ClusterConfig, Config
 from align.errors import AlignError, OutOfMemoryError, PlacementError, StorageError, WorkerDiedError, WorkerError
 from align.installation import verify_worker
 from align.messages import last_words
+from align.stopping import ask_to_stop
 from align.worker import Outcome, StageCall, Worker
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 _OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray of our own: only the records pass through it
 _POLL_SECONDS = 0.3
+_STOP_SECONDS = 5.0  # that a stage has to save what it has done; with Ray's own end it stays below ten
+_WITHOUT_A_WORD = " It left no word, as when the system ends what takes too much memory (then dmesg says so)."
 _SLOW_START = "timed out during startup"  # Ray's own limit, 30 s and fixed: one more try helps on a busy machine
 _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entrypoint of a submitted job
 
@@ -72,19 +75,31 @@ class Cluster:
 
     Args:
         poll: called a few times a second while the worker is busy.
-        command: the user's own, to be named in what to do after a failure.
+        note: tells the user something.
+        again: the command that continues the run, to be named in what to do after a failure.
     """
 
-    def __init__(self, config: Config, *, run: Path, import_root: Path, poll: Callable[[], None], command: str) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        run: Path,
+        import_root: Path,
+        poll: Callable[[], None],
+        note: Callable[[str], None],
+        again: str,
+    ) -> None:
         self._config = config
         self._run = run
         self._import_root = import_root
         self._poll = poll
-        self._command = command
+        self._note = note
+        self._again = again
         self._is_ours = False
         self._group: Any = None
         self._asked = Resources(1, 0)
         self._worker: Any = None
+        self._stop: BaseException | None = None  # Ctrl-C or SIGTERM, once heard
 
     def close(self) -> None:
         if self._worker is None and self._group is None and not self._is_ours:
@@ -105,14 +120,22 @@ class Cluster:
 
         Raises:
             PlacementError: there is no Ray, or no room on it.
+            WorkerError: there is no memory for the base.
             AlignError: the worker's own, as it was raised there.
         """
         if self._worker is None:
             if self._group is None:
                 self._is_ours = connect(self._config.cluster.address)
-                self._place()
+                self._reserve()
+            self._wait_for_place()
             self._worker = self._new_worker()
-            self._wait(self._worker.load.remote(), doing="loading the base model")
+            try:
+                self._wait(self._worker.load.remote(), doing="loading the base model")
+            except OutOfMemoryError as error:  # of which smaller micro-batches would change nothing
+                raise WorkerError(
+                    f"{error}. The base model does not fit: change base.dtype=bfloat16 where the device computes in "
+                    "it, take a smaller base.model, or more memory; align plan says what each part takes"
+                ) from None
 
     def drop_worker(self) -> None:
         """Let go of one that has died; its place is kept for the one that `start` will start."""
@@ -128,21 +151,52 @@ class Cluster:
             AlignError: the stage's own, as it was raised there.
             WorkerDiedError: the worker died.
             WorkerError: it raised something else.
+            KeyboardInterrupt, SystemExit: the driver was asked to end; the stage has had a few seconds for that.
         """
-        return self._wait(self._worker.run.remote(call), doing=call.step)
+        reference = self._worker.run.remote(call)
+        try:
+            return self._wait(reference, doing=call.step)
+        except (KeyboardInterrupt, SystemExit) as stop:
+            return self._let_stop(reference, stop, doing=call.step)
 
-    def _place(self) -> None:
+    def _let_stop(self, reference: Any, stop: BaseException, *, doing: str) -> Outcome:
+        """Give a stage the time to put its last finished update on the disk, or, if it was about done, to end."""
         import ray
+        from ray.exceptions import RayError
+
+        self._note(
+            f"stopping: {doing} has up to {_STOP_SECONDS:g} s to save its last update; a second Ctrl-C ends at once"
+        )
+        ask_to_stop(self._run)
+        if not ray.wait([reference], timeout=_STOP_SECONDS)[0]:
+            raise stop
+        try:
+            outcome: Any = ray.get(reference)
+        except RayError:
+            raise stop from None
+        self._stop = stop
+        return outcome
+
+    def end_if_stopped(self) -> None:
+        """Raise what `run` heard while a stage was at its end, now that its result is kept."""
+        if self._stop is not None:
+            raise self._stop
+
+    def _reserve(self) -> None:
         from ray.util import placement_group
 
-        nodes = [_as_resources(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-        cluster = self._config.cluster
-        self._asked = asked = resources_to_ask(cluster, self._config.base, nodes)
+        self._asked = asked = resources_to_ask(self._config.cluster, self._config.base, _living_nodes())
         bundle = {"CPU": float(asked.cpus), **({"GPU": float(asked.gpus)} if asked.gpus else {})}
         self._group = placement_group([bundle])
-        if not self._group.wait(cluster.placement_timeout_seconds):
+
+    def _wait_for_place(self) -> None:
+        """Also for one that was there: when its node was lost, Ray looks for another."""
+        import ray
+
+        seconds = self._config.cluster.placement_timeout_seconds
+        if not self._group.wait(seconds):
             free = ray.available_resources()
-            raise PlacementError(explain_shortage(asked, nodes, free, seconds=cluster.placement_timeout_seconds))
+            raise PlacementError(explain_shortage(self._asked, _living_nodes(), free, seconds=seconds))
 
     def _new_worker(self) -> Any:
         import ray
@@ -172,14 +226,14 @@ class Cluster:
                 raise cause from None
             raise WorkerError(
                 f"{doing} failed in the worker: {type(cause).__name__}: {cause} (traceback: {saved}). Once it is "
-                f"mended, continue with: {self._command} --resume"
+                f"mended, continue with: {self._again}"
             ) from None
         except RayError as error:
             saved = self._save(error)
             if isinstance(error, RayOutOfMemoryError):
                 raise OutOfMemoryError(f"out of memory in {doing}: {_memory_seen(error)} (Ray: {saved})") from None
             said = last_words(self._run)
-            own = f" Its last words: {said}" if said else ""
+            own = f" Its last words: {said}" if said else _WITHOUT_A_WORD
             raise WorkerDiedError(
                 f"the worker died ({doing}): {_condense(error)}{own} (all that Ray says: {saved})"
             ) from None
@@ -197,13 +251,15 @@ class Cluster:
 def connect(address: str) -> bool:
     """Whether the connection is ours to end; PlacementError if there is none."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if address == "local" and is_in_ray_job():
+        address = "auto"
+    is_own = address == "local"
+    if is_own:  # before Ray is imported, which reads it there: "no cluster of machines", so all listen on 127.0.0.1
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
     if ray.is_initialized():
         return False  # by whoever called us: theirs to choose, and to shut down
-    if address == "local" and is_in_ray_job():
-        address = "auto"
-    is_own = address == "local"
     on_sigterm = signal.getsignal(signal.SIGTERM)
     for attempt in (1, 2):
         try:
@@ -283,6 +339,12 @@ def _no_connection(address: str, error: Exception, *, is_own: bool) -> str:
     )
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return f"cluster.address: {address!r}: no connection to Ray: {reason} {remedy}"
+
+
+def _living_nodes() -> list[Resources]:
+    import ray
+
+    return [_as_resources(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 def _as_resources(own: Mapping[str, float]) -> Resources:

@@ -1,6 +1,7 @@
 """The driver: reads the data, decides step by step what is to be done, and has the worker do it."""
 
 import os
+import shlex
 import signal
 import threading
 import time
@@ -94,8 +95,9 @@ def run_pipeline(
     verify_allowed(allowed, config, steps)
     is_unattended = is_in_ray_job()
     run = run_folder(config)
+    again = " ".join([command, "--resume", *(f"--allow-change {shlex.quote(name)}" for name in allowed)])
     verify_current_folder()
-    with occupied(run), _said_if_stopped(run, display, command), heard_signals():
+    with occupied(run), _said_if_stopped(run, display, again), heard_signals():
         for step in steps:
             refuse_unfinished(run / step, resume=resume or is_unattended, fresh=fresh, command=command)
         # Here, or a missing source would only be told after SFT and reward training
@@ -104,7 +106,7 @@ def run_pipeline(
         data = {name: read_stage_data(config, name, run, display.note) for name in config.run.stages if name in steps}
         journal = Journal(config, run, base_identity)
         watch = Watch(run, display)
-        cluster = Cluster(config, run=run, import_root=import_root(), poll=watch.poll, command=command)
+        cluster = Cluster(config, run=run, import_root=import_root(), poll=watch.poll, note=display.note, again=again)
         with closing(cluster):
             for step in steps:
                 stage_data = data["ppo" if step == "evaluation" else step]
@@ -129,10 +131,11 @@ def run_pipeline(
                     begin(run / step, prepared.fingerprint, keep=decision.kind == "resume", changed=decision.changed)
                     watch.start()
                     call = stage_call(step, stages[step], config, prepared, run, decision)
-                    outcome = run_to_its_end(cluster, call, config.cluster.max_failures, display, command)
+                    outcome = run_to_its_end(cluster, call, config.cluster.max_failures, display, again)
                     write_finished(run / step, finish(step, outcome, prepared, config))
                     journal.count(outcome)
                 journal.record()
+                cluster.end_if_stopped()
         return journal.summary
 
 
@@ -181,7 +184,7 @@ def stage_call(
     )
 
 
-def run_to_its_end(cluster: Cluster, call: StageCall, max_failures: int, display: Display, command: str) -> Outcome:
+def run_to_its_end(cluster: Cluster, call: StageCall, max_failures: int, display: Display, again: str) -> Outcome:
     """Run a step; a worker that dies in it is started anew and goes on from the last checkpoint. One that ran out of
     memory, too, and computes its micro-batches in smaller parts from then on: the same numbers to rounding.
 
@@ -198,14 +201,14 @@ def run_to_its_end(cluster: Cluster, call: StageCall, max_failures: int, display
         except OutOfMemoryError as error:
             split = next_split(call.micro_batch_size, call.split)
             if split is None:
-                raise OutOfMemoryError(f"{error}. {to_need_less(call.step, command)}") from None
+                raise OutOfMemoryError(f"{error}. {to_need_less(call.step, again)}") from None
             call = replace(call, split=split)
             rows = call.micro_batch_size
             said = f"{error}; a new worker computes {rows // split} of a micro-batch's {rows} rows at a time"
         except WorkerDiedError as error:
             failures += 1
             if failures > max_failures:
-                raise WorkerDiedError(f"{error}. Continue with: {command} --resume") from None
+                raise WorkerDiedError(f"{error}. Continue with: {again}") from None
             said = f"{error}; a new one ({failures} of cluster.max_failures {max_failures})"
         checkpoint, _ = newest_whole(call.folder / "checkpoints")
         where = "from the step's beginning" if checkpoint is None else f"after update {checkpoint.step}"
@@ -307,6 +310,7 @@ def heard_signals() -> Generator[None]:
 
     def end(number: int, frame: object) -> None:
         signal.signal(signal.SIGINT, end_at_once)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or a second one would break off the good order
         raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(TerminatedError.exit_code)
 
     before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -318,7 +322,7 @@ def heard_signals() -> Generator[None]:
 
 
 @contextmanager
-def _said_if_stopped(run: Path, display: Display, command: str) -> Generator[None]:
+def _said_if_stopped(run: Path, display: Display, again: str) -> Generator[None]:
     """Leave a word in the run folder for `align status`, and turn Ctrl-C into a message that says how to go on."""
     try:
         yield
@@ -327,11 +331,9 @@ def _said_if_stopped(run: Path, display: Display, command: str) -> Generator[Non
         raise
     except KeyboardInterrupt:
         write_end(run, "stopped by the user")
-        raise StoppedError(f"stopped; finished stages and checkpoints are kept. Continue: {command} --resume") from None
+        raise StoppedError(f"stopped; finished stages and checkpoints are kept. Continue: {again}") from None
     except SystemExit:  # Ray turns SIGTERM into it
         write_end(run, "terminated")
-        raise TerminatedError(
-            f"terminated; finished stages and checkpoints are kept. Continue: {command} --resume"
-        ) from None
+        raise TerminatedError(f"terminated; finished stages and checkpoints are kept. Continue: {again}") from None
     finally:
         display.close()

@@ -9,12 +9,12 @@ from typing import Any, cast
 from align.artifacts import (
     MANIFEST,
     Artifact,
-    clear_leftovers,
     read_artifact,
     read_json,
     sha256_of_file,
     sha256_of_json,
     write_json,
+    writing,
 )
 from align.config import Config
 from align.context import (
@@ -30,6 +30,7 @@ from align.errors import ArtifactError, UsageError
 from align.intake import StageData
 
 REJECTS = "rejects.jsonl"
+RESULT = "result.json"
 _CHANGED = "changed.json"
 # Which step makes an input, and as what kind of artifact.
 _MADE_BY = {
@@ -82,7 +83,7 @@ class FinishedStep:
 
 def read_finished(folder: Path) -> FinishedStep | None:
     """The result that stands in a step's folder, its paths made absolute; None if the step has not finished."""
-    path = folder / "result.json"
+    path = folder / RESULT
     if not path.exists():
         return None
     content = cast(dict[str, Any], read_json(path))
@@ -102,7 +103,7 @@ def read_finished(folder: Path) -> FinishedStep | None:
 def write_finished(folder: Path, step: FinishedStep) -> None:
     run = folder.parent
     artifacts = [{**asdict(a), "path": a.path.relative_to(run).as_posix()} for a in step.artifacts]
-    write_json(folder / "result.json", {**asdict(replace(step, artifacts=())), "artifacts": artifacts})
+    write_json(folder / RESULT, {**asdict(replace(step, artifacts=())), "artifacts": artifacts})
 
 
 def current_results(run: Path, steps: Sequence[str]) -> dict[str, FinishedStep]:
@@ -130,14 +131,14 @@ def begin(folder: Path, fingerprint: Mapping[str, object], *, keep: bool, change
 
     `changed`, what is not as it was when the step began first, is added to what `changed_on_the_way` gives.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for own in (folder, folder / "checkpoints"):
-        clear_leftovers(own)
-    for path in () if keep else sorted(folder.iterdir()):
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != REJECTS:  # written before, when the data was read
-            path.unlink()
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / RESULT).unlink(missing_ok=True)  # first: it speaks of the rest
+        for path in () if keep else sorted(folder.iterdir()):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != REJECTS:  # written before, when the data was read
+                path.unlink()
     if changed:
         write_json(folder / _CHANGED, [*changed_on_the_way(folder), changed])
     write_json(folder / "started.json", fingerprint)

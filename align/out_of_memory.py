@@ -16,8 +16,8 @@ def next_split(micro_batch_size: int, split: int) -> int | None:
     return more[0] if more else None
 
 
-def to_need_less(step: str, command: str) -> str:
-    """The remedy, once one row at a time does not fit."""
+def to_need_less(step: str, again: str) -> str:
+    """The remedy, once one row at a time does not fit. `again` is the command that continues the run."""
     stage = "ppo" if step == "evaluation" else step
     own = f"{stage}.max_length"
     if stage == "ppo":
@@ -25,5 +25,6 @@ def to_need_less(step: str, command: str) -> str:
     checkpointing = "ppo.loss.gradient_checkpointing" if stage == "ppo" else f"{stage}.gradient_checkpointing"
     return (
         f"One row at a time does not fit. Change: {checkpointing}=true, base.dtype=bfloat16 where the device computes "
-        f"in it, a smaller {own}, or more memory; align plan says what each part takes. Then: {command}"
+        f"in it, a smaller {own}, or more memory; align plan says what each part takes. Then, "
+        f"with each KEY that you changed allowed: {again} --allow-change KEY"
     )

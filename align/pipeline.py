@@ -27,7 +27,9 @@ _WITHOUT_EFFECT = frozenset(
 )
 # A checkpoint's tensors are of the one that they were made with: it cannot be gone on with under another.
 _ADAPTERS = ("adapters.rank", "adapters.targets", "adapters.layers")
-_BOUND = frozenset(("base.identity", *_ADAPTERS, "ppo.critic.kind", "ppo.advantage.estimator", "reward.ensemble"))
+_BOUND = frozenset(
+    ("base.identity", "run.seed", *_ADAPTERS, "ppo.critic.kind", "ppo.advantage.estimator", "reward.ensemble")
+)
 # These name files; their contents stand in the fingerprint instead, as input.* hashes.
 _BY_CONTENT = frozenset({"sft.adapter", "reward.adapter"})
 
@@ -68,6 +70,7 @@ def fingerprint(
         "base.identity": base_identity,
         "base.dtype": config.base.dtype,
         "base.device": config.base.device,
+        "base.compile": config.base.compile,
         "base.trust_remote_code": config.base.trust_remote_code,
         "data.system_prompt": config.data.system_prompt,
         "run.seed": config.run.seed,
@@ -83,7 +86,7 @@ def fingerprint(
 def stale(step: StepName, finished: FinishedStep, config: Config, *, base_identity: str) -> str:
     """What of the settings has changed since a step finished, for people; its data is not looked at."""
     settings = fingerprint(step, config, base_identity=base_identity, data={}, inputs={})
-    return changes({key: finished.fingerprint.get(key) for key in settings}, settings)
+    return changes({key: finished.fingerprint.get(key) for key in settings}, settings, at_most=4)
 
 
 def _flat(section: BaseModel, prefix: str) -> dict[str, object]:
@@ -113,17 +116,25 @@ def verify_allowed(names: Sequence[str], config: Config, steps: Sequence[StepNam
             raise UsageError(f"--allow-change {name}: nothing of this name is looked at in a resume; {meant}")
 
 
-def changes(old: Fingerprint, new: Fingerprint, *, only: Collection[str] = (), but: Collection[str] = ()) -> str:
+def changes(
+    old: Fingerprint,
+    new: Fingerprint,
+    *,
+    only: Collection[str] = (),
+    but: Collection[str] = (),
+    at_most: int | None = None,
+) -> str:
     """What differs, for people: "config sft.learning_rate changed (0.0002 → 0.001)"; empty if nothing does.
 
     Args:
         only: the keys to look at; all if there is none.
         but: keys not to look at.
+        at_most: so many are named, the rest is counted.
     """
     keys = [key for key in (*new, *(key for key in old if key not in new)) if old.get(key) != new.get(key)]
     keys = [key for key in keys if key not in but and (not only or key in only)]
-    said = [_change(key, old.get(key), new.get(key)) for key in keys[:4]]
-    return "; ".join([*said, *([f"and {len(keys) - 4} more"] if len(keys) > 4 else [])])
+    said = [_change(key, old.get(key), new.get(key)) for key in keys[:at_most]]
+    return "; ".join([*said, *([f"and {len(keys) - len(said)} more"] if len(keys) > len(said) else [])])
 
 
 def _change(key: str, old: object, new: object) -> str:
@@ -172,7 +183,7 @@ def decide(
             return Decision("skip", f"stands though {let}" if let else "inputs unchanged", finished=finished)
         if resume:
             raise UsageError(_refusal(step, changed, command))
-        return Decision("run", f"run again: {changed}")
+        return Decision("run", f"run again: {changes(finished.fingerprint, parts, but=allowed, at_most=4)}")
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
         return Decision("run", "started before and did not finish" if _started(folder) else "not run yet")
@@ -189,7 +200,10 @@ def decide(
     let = changes(started, parts, only=allowed) if allowed else ""
     state = cast("dict[str, Any]", read_json(checkpoint.path / "state.json"))
     after = f"after update {checkpoint.step}{f', though {let}' if let else ''}"
-    return Decision("resume", f"continues {after}", split=state.get("split", 1), changed=after if let else "")
+    sizes = [key for key in parts if key.endswith(".micro_batch_size")]
+    is_same_size = all(started.get(key) == parts[key] for key in sizes)  # or the split was of another micro-batch
+    split = state.get("split", 1) if is_same_size else 1
+    return Decision("resume", f"continues {after}", split=split, changed=after if let else "")
 
 
 def _refusal(step: StepName, changed: str, command: str) -> str:

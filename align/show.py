@@ -72,7 +72,7 @@ class BarDisplay:
         if self._bar is not None:
             self._bars.remove_task(self._bar)
             self._bar = None
-        self._bars.console.print(Text.assemble((name, "bold"), f": {text}"))
+        self._bars.console.print(Text.assemble((name, "bold"), ": ", printable(text)))
 
     def progress(self, status: Status) -> None:
         doing = escape(status.doing)
@@ -228,17 +228,17 @@ def state_view(state: RunState) -> RenderableType:
     table.add_column(style="bold")
     table.add_column()
     table.add_row("state", state.state)
-    table.add_row("finished", ", ".join(state.finished_steps) or "nothing yet")
+    table.add_row("finished", printable(", ".join(state.finished_steps) or "nothing yet"))
     if state.steps_to_go:
-        table.add_row("to go", ", ".join(state.steps_to_go))
+        table.add_row("to go", printable(", ".join(state.steps_to_go)))
     status = state.status
     if status is not None and state.state != "finished":
-        table.add_row("stage", status.stage)
-        table.add_row("doing", Text(f"{status.doing} ({status.done}/{status.total})"))
+        table.add_row("stage", printable(status.stage))
+        table.add_row("doing", printable(f"{status.doing} ({status.done}/{status.total})"))
         if state.state == "running" and pace(status):
             table.add_row("pace", f"{pace(status)} of this activity")
         for name, value in status.metrics.items():
-            table.add_row("", Text(f"{name} {value:.4g}"))
+            table.add_row("", printable(f"{name} {value:.4g}"))
     if state.error is not None and state.state == "stopped":
         table.add_row("why", printable(state.error))
     return table

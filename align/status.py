@@ -12,8 +12,9 @@ from typing import Any, Literal, cast
 
 import yaml
 
-from align.artifacts import read_json, write_json, writing
+from align.artifacts import clear_leftovers, read_json, write_json, writing
 from align.errors import ArtifactError, StorageError, UsageError
+from align.stopping import forget_stop
 from align.tracking import Status
 
 SILENT_AFTER_SECONDS = 60.0
@@ -69,12 +70,15 @@ def read_state(run: Path, now: float) -> RunState:
 def occupied(run: Path) -> Generator[None]:
     """Hold the run folder for one driver; the lock goes with the process, however it ends.
 
+    What a killed one left half-written goes, before and after.
+
     Raises:
-        UsageError: another driver is at work in it, or the folder cannot be made.
+        UsageError: another driver is at work in it, the folder cannot be made, or it cannot be locked.
+        StorageError: nothing can be written into it.
     """
     try:
         run.mkdir(parents=True, exist_ok=True)
-        file = (run / _LOCK).open("a+")
+        file = (run / _LOCK).open("ab+", buffering=0)
     except OSError as error:
         raise UsageError(f"cannot write into the run folder {run}: {error}; choose another run.root") from None
     with file:
@@ -82,16 +86,26 @@ def occupied(run: Path) -> Generator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            who = file.read().strip() or "pid and host unknown"
+            who = file.read().decode(errors="replace").strip() or "pid and host unknown"
             raise UsageError(
                 f"{run} is in use by another `align run` ({who}); wait for it, or choose another run.name"
             ) from None
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
-        with writing(run / "stopped.json"):
+        except OSError as error:
+            raise UsageError(
+                f"the run folder {run} cannot be locked: {error}; choose a run.root on a file system that has locks"
+            ) from None
+        with writing(run):
+            file.truncate(0)
+            file.write(f"pid {os.getpid()} on {socket.gethostname()}\n".encode())
             (run / "stopped.json").unlink(missing_ok=True)
-        yield
+        forget_stop(run)
+        clear_leftovers(run)
+        try:
+            yield
+        finally:
+            with suppress(StorageError):
+                forget_stop(run)
+            clear_leftovers(run)
 
 
 def write_end(run: Path, reason: str) -> None:

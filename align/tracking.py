@@ -10,16 +10,17 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from align.artifacts import write_json, write_text, writing
-from align.errors import InvariantError
+from align.errors import ArtifactError, InvariantError
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 _log = logging.getLogger(__name__)
 
+_ANEW = "put it back, or start the stage anew with --fresh"
 _LOGS = ("metrics.jsonl", "timings.jsonl")
 
 
@@ -91,14 +92,23 @@ class Tracker:
 
     def rewind(self, lines: Mapping[str, int]) -> None:
         """Drop all but the first so many lines of each file: what a stopped run did past its last checkpoint is done
-        again."""
+        again.
+
+        Raises:
+            ArtifactError: a file has fewer, or a line among them is damaged.
+        """
         for name in _LOGS:
-            path = self._folder / name
-            found = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-            kept = found[: lines.get(name, 0)]
-            for values in map(json.loads, kept):
-                self.resumed_seconds += sum(v for key, v in values.items() if key.startswith("seconds/"))
-            write_text(path, "".join(line + "\n" for line in kept))
+            path, count = self._folder / name, lines.get(name, 0)
+            found = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+            if len(found) < count:
+                raise ArtifactError(f"{path} has {len(found)} lines, but {count} when the checkpoint was made; {_ANEW}")
+            for number, line in enumerate(found[:count], start=1):
+                try:
+                    values = cast(dict[str, Any], json.loads(line))
+                    self.resumed_seconds += sum(v for key, v in values.items() if key.startswith("seconds/"))
+                except (ValueError, AttributeError, TypeError) as error:
+                    raise ArtifactError(f"{path} line {number} is damaged: {error}; {_ANEW}") from None
+            write_text(path, b"".join(line + b"\n" for line in found[:count]).decode())
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl. Raises InvariantError if a value is not finite."""

@@ -8,8 +8,8 @@ import gc
 import os
 import resource
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,14 +85,13 @@ class Worker:
         torch.set_num_threads(self._cpus)
         self._shape = _shape(self._base_config, self._adapters_config)
         self._imports_rss_bytes = _rss_bytes()
-        self._model = AdaptedModel(load_base(self._base_config), self._adapters_config)
+        with _lack_of_memory_told("loading the base model"):
+            self._model = AdaptedModel(load_base(self._base_config), self._adapters_config)
         self._checksum = self._model.base_checksum()
         return self._model.base_identity
 
     def run(self, call: StageCall) -> Outcome:
         """Execute one stage on the resident base, which must be the same afterwards."""
-        from accelerate.utils.memory import should_reduce_batch_size
-
         from align.context import StageContext
         from align.randomness import stage_seed
         from align.tracking import Tracker
@@ -113,12 +112,8 @@ class Worker:
             split=call.split,
         )
         try:
-            result = call.function(call.config, call.inputs, context)
-        except (MemoryError, RuntimeError) as error:
-            if isinstance(error, MemoryError) or should_reduce_batch_size(error):
-                reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
-                raise OutOfMemoryError(f"out of memory in {call.step}: {reason}") from None
-            raise
+            with _lack_of_memory_told(call.step):
+                result = call.function(call.config, call.inputs, context)
         finally:
             tracker.close()
             model.reset()
@@ -132,6 +127,20 @@ class Worker:
         dtype = str(model.base.dtype).removeprefix("torch.")
         vitals = _vitals(seconds, dtype, self._imports_rss_bytes)
         return Outcome(result, vitals, tracker.resumed_seconds, self._shape)
+
+
+@contextmanager
+def _lack_of_memory_told(doing: str) -> Generator[None]:
+    """OutOfMemoryError in place of what torch, CUDA or Python says."""
+    from accelerate.utils.memory import should_reduce_batch_size
+
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or should_reduce_batch_size(error):
+            reason = str(error).strip().splitlines()[0] if str(error) else type(error).__name__
+            raise OutOfMemoryError(f"out of memory in {doing}: {reason}") from None
+        raise
 
 
 def _shape(base: BaseModelConfig, adapters: AdaptersConfig) -> "ModelShape | None":

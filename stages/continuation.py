@@ -6,9 +6,8 @@ by a temporary folder of two files that are not pickles. It then skips the rows 
 """
 
 import random
-import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,20 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.artifacts import write_json
 from align.checkpoints import Checkpoint, Groups, StageCheckpoints, State, optimizer_tensors, restore_optimizer
 from stages.trainer import ReportToTracker
+
+
+@dataclass(frozen=True)
+class FinishedStep:
+    """What of a trainer's step has to be taken as it ends. The rest stays as it is until the next one's."""
+
+    trainer: State
+    random: Groups
 
 
 class TrainerCheckpoints(TrainerCallback):
@@ -50,6 +58,8 @@ class TrainerCheckpoints(TrainerCallback):
         self._quality = quality
         self._steps_before = steps_before
         self._epoch_random: dict[str, Tensor] = {}  # random states as its epoch began, which its order comes from
+        self._step = steps_before if self._start is None else self._start.step  # of the stage, the last finished one
+        self._last: FinishedStep | None = None  # of this process
         self._names: dict[Tensor, str] = {}
         self._optimizer: Any = None
         self._schedule: Any = None
@@ -58,11 +68,10 @@ class TrainerCheckpoints(TrainerCallback):
         """Let it train, from where it was; returns the steps in all."""
         if self._start is None:
             return trainer.train().global_step
-        with tempfile.TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            write_json(folder / "trainer_state.json", self._start.state["trainer"], durable=False)
-            save_file(dict(self._start.groups["trained"]), folder / "model.safetensors")
-            return trainer.train(resume_from_checkpoint=temporary).global_step
+        folder = Path(str(trainer.args.output_dir))
+        write_json(folder / "trainer_state.json", self._start.state["trainer"], durable=False)
+        save_file(dict(self._start.groups["trained"]), folder / "model.safetensors")
+        return trainer.train(resume_from_checkpoint=str(folder)).global_step
 
     # ---- what the trainer calls ----
 
@@ -73,11 +82,8 @@ class TrainerCheckpoints(TrainerCallback):
         self._names = {tensor: name for name, tensor in model.named_parameters() if tensor.requires_grad}
         self._optimizer, self._schedule = kwargs["optimizer"], kwargs["lr_scheduler"]
         if self._start is not None:
-            schedule = self._start.state["schedule"]
-            self._schedule.load_state_dict(schedule)
             restore_optimizer(self._optimizer, self._names, self._start.groups["optimizer"])
-            for group, rate in zip(self._optimizer.param_groups, schedule["_last_lr"], strict=True):
-                group["lr"] = rate
+            _restore_schedule(self._schedule, self._start.state["schedule"])
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -94,6 +100,16 @@ class TrainerCheckpoints(TrainerCallback):
         if self._start is not None:  # the rows before have been drawn and skipped
             put_random_states_back(self._start.groups["random"])
             self._start = None
+        self._stop_if_asked()
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        """Between two optimizer steps: weights and optimizer are what the last one has made of them."""
+        self._checkpoints.stop_if_asked(self._step, self._content)
 
     def on_log(
         self,
@@ -104,36 +120,52 @@ class TrainerCheckpoints(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """The last thing of a step. One that ends the training needs no checkpoint."""
-        step = self._steps_before + state.global_step
+        if "loss" not in (logs or {}):
+            return
+        own, self._step = random_states(), self._steps_before + state.global_step
+        epoch_random = own if _is_between_epochs(state) else self._epoch_random
+        self._last = FinishedStep(
+            trainer=asdict(replace(state, log_history=[])),
+            random={"random": own, "epoch_random": epoch_random},
+        )
         is_last = control.should_training_stop or state.global_step == state.max_steps
-        if "loss" in (logs or {}) and not is_last and self._checkpoints.is_due(step, self._quality()):
-            self._save(step, state)
+        quality = self._quality()
+        if not is_last and self._checkpoints.is_due(self._step, quality):
+            self._checkpoints.save(self._step, *self._content(), quality)
 
-    def _save(self, step: int, state: TrainerState) -> None:
-        own = random_states()
+    def _content(self) -> tuple[Groups, State]:
+        assert self._last is not None
         groups, also = self._also()
-        self._checkpoints.save(
-            step,
+        return (
             {
                 **groups,
+                **self._last.random,
                 "trained": {name: tensor.detach() for tensor, name in self._names.items()},
                 "optimizer": optimizer_tensors(self._optimizer, self._names),
-                "random": own,
-                "epoch_random": own if _is_between_epochs(state) else self._epoch_random,
             },
             {
                 **also,
-                "trainer": asdict(replace(state, log_history=[])),
+                "trainer": self._last.trainer,
                 "schedule": self._schedule.state_dict(),
                 "num_tokens": self._report.num_tokens,
             },
-            self._quality(),
         )
 
 
 def tokens_before(start: Checkpoint | None) -> float:
     """What ReportToTracker has to begin with."""
     return 0.0 if start is None else start.state.get("num_tokens", 0.0)
+
+
+def _restore_schedule(schedule: LambdaLR, state: Mapping[str, Any]) -> None:
+    """How far it was, and no more: the rates are those of the present config, which may have been changed."""
+    schedule.load_state_dict({**state, "base_lrs": schedule.base_lrs})
+    rates = [
+        base * share(schedule.last_epoch) for base, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(schedule.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    schedule._last_lr = rates  # pyright: ignore[reportPrivateUsage] # what get_last_lr gives until the next step
 
 
 def random_states() -> dict[str, Tensor]:

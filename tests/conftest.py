@@ -1,7 +1,10 @@
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray reads it as it is imported: on 127.0.0.1 alone
 
 
 @pytest.fixture(scope="session", autouse=True)

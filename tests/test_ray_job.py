@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.shell import PATIENCE_SECONDS, ROOT
+
 BIN = Path(sys.executable).parent
-PATIENCE_SECONDS = 900.0  # for a machine that is busy with something else
 
 pytestmark = pytest.mark.slow
 

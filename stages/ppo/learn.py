@@ -110,6 +110,11 @@ class Learner:
         """Each minibatch's number in the whole run, and its micro-batches, epoch after epoch."""
         loss, split = self._config.loss, self._split
         size = num_micro_batches // loss.minibatches
+        if num_micro_batches != size * loss.minibatches or num_micro_batches % split:
+            raise InvariantError(
+                f"{num_micro_batches} micro-batches do not make {loss.minibatches} equal minibatches in parts of "
+                f"{split}: some would be left out"
+            )
         for epoch in range(loss.epochs):
             whole = permutation(self._seed, "minibatches", update, epoch, size=num_micro_batches // split)
             order = [part for number in whole for part in range(number * split, (number + 1) * split)]

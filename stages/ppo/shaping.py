@@ -75,8 +75,14 @@ class Shaper:
             )
 
     def state(self) -> dict[str, float]:
-        return {"kl_coefficient": self.kl_coefficient, **asdict(self._moments)}
+        return {
+            "kl_coefficient": self.kl_coefficient,
+            "kl_coefficient_first": self._kl.coefficient,
+            **asdict(self._moments),
+        }
 
     def restore(self, state: Mapping[str, float]) -> None:
-        self.kl_coefficient = state["kl_coefficient"]
+        """The coefficient is the config's, unless the controller has moved it on from there."""
+        if self._kl.controller == "adaptive" and state["kl_coefficient_first"] == self._kl.coefficient:
+            self.kl_coefficient = state["kl_coefficient"]
         self._moments = objective.RunningMoments(**{key: state[key] for key in ("count", "mean", "squares")})

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 from align.adapters import AdaptedModel
@@ -40,8 +41,10 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
     if first_update == 0 and guard.is_due(0):
         tracker.log(0, guard.look(actor_critic, model, update=0))
 
+    state = partial(_state, actor_critic, shaper, guard, kept)
     reason, step = None, first_update
     for update in range(first_update, config.updates):
+        checkpoints.stop_if_asked(update, state)
         clock = [time.perf_counter()]
         rate = actor_critic.set_learning_rate(update, config.updates)
         tracker.progress(update, config.updates, f"update {update + 1}")
@@ -71,6 +74,7 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
             pad_id=parts.codec.pad_id,
         )
         clock.append(time.perf_counter())
+        checkpoints.stop_if_asked(update, state)  # nothing has moved yet
         if update == 0:
             kept["first_step_kl"] = _verify_policy_is_reference(rollout, model)
 
@@ -100,8 +104,7 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
             break
         quality = looked.get("guard/score")
         if step < config.updates and checkpoints.is_due(step, quality):
-            groups, state = _state(actor_critic, shaper, guard, kept)
-            checkpoints.save(step, groups, state, quality)
+            checkpoints.save(step, *state(), quality)
 
     kept_update = step
     if reason is not None:

@@ -1,11 +1,9 @@
 """Training one reward model: TRL's RewardTrainer with our objectives, and the best state kept by held-out loss."""
 
 import math
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from trl.trainer.reward_config import RewardConfig as TRLConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
+from align.artifacts import scratch
 from align.checkpoints import Checkpoint, Groups, StageCheckpoints, State
 from align.config import EarlyStoppingConfig, RewardConfig
 from align.context import StageContext
@@ -170,7 +169,7 @@ class Members:
                 training = self._train(member, start if number == len(done) else None)
             member.head.requires_grad_(False)
             self._finished.append((member, training))
-            if len(done) <= number < len(members) - 1:
+            if len(done) <= number:  # also the last: what comes after is measured, which takes its time
                 self._checkpoints.save(self._steps, *self._state())
         return [training for _, training in self._finished]
 
@@ -201,7 +200,7 @@ class Members:
             (finished, numbers), (best_tensors, best_numbers) = self._state(), best.state()
             return {**finished, **best_tensors}, {**numbers, **best_numbers}
 
-        with lent(model.base.model), model.role(member.name, train=True), tempfile.TemporaryDirectory() as temporary:
+        with lent(model.base.model), model.role(member.name, train=True), scratch(context.folder, "trainer") as folder:
             scorer = scorer_on_trunk(model, member.head, pad_id=codec.pad_id)
             best = KeepBest(
                 look,
@@ -225,7 +224,7 @@ class Members:
                 evidence=evidence,
                 model=scorer,
                 args=TRLConfig(
-                    **trainer_arguments(config, replace(context, seed=member.seed), Path(temporary)),  # type: ignore[arg-type]
+                    **trainer_arguments(config, replace(context, seed=member.seed), folder),  # type: ignore[arg-type]
                     disable_dropout=False,  # adapters.dropout applies here too; TRL would set it to 0
                 ),
                 data_collator=partial(collate_rows, pad_id=codec.pad_id),

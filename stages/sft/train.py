@@ -1,8 +1,6 @@
 """Supervised fine-tuning: TRL's SFTTrainer trains the `sft` adapter on the resident base."""
 
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -11,8 +9,8 @@ from trl.trainer.sft_config import SFTConfig as TRLConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from align.adapters import AdaptedModel
-from align.artifacts import write_directory
-from align.checkpoints import StageCheckpoints
+from align.artifacts import scratch, write_directory
+from align.checkpoints import Checkpoint, StageCheckpoints
 from align.config import SFTConfig
 from align.context import SFTInputs, StageContext, StageResult
 from align.episodes import text_pass
@@ -56,28 +54,13 @@ def run_sft(config: SFTConfig, inputs: SFTInputs, context: StageContext) -> Stag
         )
 
     nll_before = measure() if start is None else start.state["nll_before"]
-    report = ReportToTracker(tracker, "sft", tokens_before=tokens_before(start))
-    kept = TrainerCheckpoints(checkpoints, report, start=start, also=lambda: ({}, {"nll_before": nll_before}))
-    with (
-        lent(model.peft),
-        model.role(SFT, train=True),
-        tempfile.TemporaryDirectory() as temporary,
-    ):
-        trainer = SFTTrainer(
-            model=model.peft,
-            args=TRLConfig(
-                **trainer_arguments(config, context, Path(temporary)),  # type: ignore[arg-type]
-                dataset_kwargs={"skip_prepare_dataset": True},  # the rows are token ids and labels already
-            ),
-            train_dataset=Dataset.from_list([_labelled(row) for row in train]),
-            processing_class=model.base.tokenizer,
-            callbacks=[report, kept],
-        )
-        if len(trainer.train_dataset) != len(train):  # type: ignore[arg-type]
-            raise InvariantError(f"SFTTrainer kept {len(trainer.train_dataset)} of {len(train)} rows")  # type: ignore[arg-type]
-        trainer.remove_callback(PrinterCallback)
-        model.verify_trainable()
-        steps = kept.train(trainer)
+    if start is not None and "steps" in start.state:  # it was trained, and stopped while it was measured
+        for name, tensor in model.tensors(SFT).items():
+            tensor.data.copy_(start.groups[SFT][name])
+        steps = int(start.state["steps"])
+    else:
+        steps = train_adapter(train, config, context, checkpoints, start, nll_before)
+        checkpoints.save(steps, {SFT: model.tensors(SFT)}, {"nll_before": nll_before, "steps": steps})
     nll_after = measure()
 
     artifact = write_directory(
@@ -90,6 +73,36 @@ def run_sft(config: SFTConfig, inputs: SFTInputs, context: StageContext) -> Stag
     )
     metrics = {"nll_before": nll_before, "nll_after": nll_after, "steps": steps, "held_out_rows": len(held_out)}
     return StageResult("sft", (artifact,), metrics, account)
+
+
+def train_adapter(
+    rows: list[TokenizedDemonstration],
+    config: SFTConfig,
+    context: StageContext,
+    checkpoints: StageCheckpoints,
+    start: Checkpoint | None,
+    nll_before: float,
+) -> int:
+    """Let SFTTrainer train the `sft` adapter, from `start` if there is one; returns the optimizer steps in all."""
+    model = context.model
+    report = ReportToTracker(context.tracker, "sft", tokens_before=tokens_before(start))
+    kept = TrainerCheckpoints(checkpoints, report, start=start, also=lambda: ({}, {"nll_before": nll_before}))
+    with lent(model.peft), model.role(SFT, train=True), scratch(context.folder, "trainer") as folder:
+        trainer = SFTTrainer(
+            model=model.peft,
+            args=TRLConfig(
+                **trainer_arguments(config, context, folder),  # type: ignore[arg-type]
+                dataset_kwargs={"skip_prepare_dataset": True},  # the rows are token ids and labels already
+            ),
+            train_dataset=Dataset.from_list([_labelled(row) for row in rows]),
+            processing_class=model.base.tokenizer,
+            callbacks=[report, kept],
+        )
+        if len(trainer.train_dataset) != len(rows):  # type: ignore[arg-type]
+            raise InvariantError(f"SFTTrainer kept {len(trainer.train_dataset)} of {len(rows)} rows")  # type: ignore[arg-type]
+        trainer.remove_callback(PrinterCallback)
+        model.verify_trainable()
+        return kept.train(trainer)
 
 
 def _labelled(row: TokenizedDemonstration) -> dict[str, list[int] | int]:

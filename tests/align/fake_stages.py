@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from align.artifacts import Artifact, write_directory
 from align.context import StageContext, StageResult
 from align.errors import InvariantError
+from align.stopping import is_asked_to_stop
 
 
 def fake_sft(config: Any, inputs: Any, context: StageContext) -> StageResult:
@@ -57,7 +59,7 @@ def dying(config: Any, inputs: Any, context: StageContext) -> StageResult:
 def dying_once(config: Any, inputs: Any, context: StageContext) -> StageResult:
     """With a checkpoint behind it and a word on stderr."""
     if not context.resume:
-        stopping = _write(context, "checkpoint", "c", name="checkpoints/update-00002")
+        stopping = _leave_checkpoint(context)
         print(f"\x1b[31mno more room for {stopping.kind}\x1b[0m", file=sys.stderr, flush=True)
         os._exit(7)
     return fake_ppo(config, inputs, context)
@@ -66,7 +68,7 @@ def dying_once(config: Any, inputs: Any, context: StageContext) -> StageResult:
 def without_memory_for(rows: int, config: Any, inputs: Any, context: StageContext) -> StageResult:
     """PPO whose micro-batch, of two rows, does not fit if `rows` or more of it are computed at once."""
     if 2 // context.split >= rows:
-        _write(context, "checkpoint", "c", name="checkpoints/update-00002")
+        _leave_checkpoint(context)
         torch.empty(2**60)
     result = fake_ppo(config, inputs, context)
     return replace(result, metrics={**result.metrics, "split": context.split})
@@ -85,7 +87,7 @@ def stopping_in_parts(config: Any, inputs: Any, context: StageContext) -> StageR
     """Runs out of memory until it is computed in two parts, and then is stopped."""
     if context.split == 1:
         torch.empty(2**60)
-    _write(context, "checkpoint", "c", name="checkpoints/update-00002")
+    _leave_checkpoint(context)
     raise KeyboardInterrupt
 
 
@@ -96,16 +98,46 @@ def touching_the_base(config: Any, inputs: Any, context: StageContext) -> StageR
 
 
 def stopping_half_way(config: Any, inputs: Any, context: StageContext) -> StageResult:
-    context.tracker.log_timing(2, {"seconds/learn": 1000.0})
+    _leave_checkpoint(context, seconds=1000.0)
     context.tracker.log_timing(3, {"seconds/learn": 50.0})
-    _write(context, "checkpoint", "c", name="checkpoints/update-00002")
     raise KeyboardInterrupt
+
+
+def ending_once_asked_to_stop(config: Any, inputs: Any, context: StageContext) -> StageResult:
+    """A reward stage that was about done."""
+    (context.folder / "waiting").touch()
+    while not is_asked_to_stop(context.folder.parent):
+        time.sleep(0.05)
+    return fake_reward(config, inputs, context)
+
+
+def deaf(config: Any, inputs: Any, context: StageContext) -> StageResult:
+    """One that is in the midst of writing, and does not end."""
+    (context.folder / ".adapter.1.tmp").mkdir()
+    (context.folder / "waiting").touch()
+    time.sleep(600)
+    raise AssertionError("not reached")
+
+
+def filling_the_disk(ballast: Path, config: Any, inputs: Any, context: StageContext) -> StageResult:
+    """A reward stage that leaves no room for its result, though its artifacts are there."""
+    result = fake_reward(config, inputs, context)
+    with suppress(OSError), ballast.open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    return result
 
 
 def losing_the_run_folder(config: Any, inputs: Any, context: StageContext) -> StageResult:
     shutil.rmtree(context.folder.parent)
     context.tracker.log(1, {"loss": 1.0})
     raise AssertionError("not reached")
+
+
+def _leave_checkpoint(context: StageContext, *, seconds: float = 0.0) -> Artifact:
+    """After two updates and one line of clocks."""
+    context.tracker.log_timing(2, {"seconds/learn": seconds})
+    return _write(context, "checkpoint", "c", name="checkpoints/update-00002")
 
 
 def _write(context: StageContext, kind: str, text: str, *, name: str | None = None) -> Artifact:

@@ -1,11 +1,21 @@
+import subprocess
+import sys
 from contextlib import nullcontext
+from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import ray
+import torch
 
-from align.cluster import Resources, connect, explain_shortage, is_in_ray_job, resources_to_ask
+import align.cluster
+from align import settings
+from align.cluster import Cluster, Resources, connect, explain_shortage, is_in_ray_job, resources_to_ask
 from align.config import BaseModelConfig, ClusterConfig
-from align.errors import PlacementError
+from align.errors import PlacementError, WorkerError
+from align.worker import _lack_of_memory_told  # pyright: ignore[reportPrivateUsage]
+from tests.align.recipe import write_recipe
+from tests.shell import PATIENCE_SECONDS, new_shell
 
 CPU_NODE, GPU_NODE = Resources(cpus=16, gpus=0), Resources(cpus=8, gpus=2)
 
@@ -87,3 +97,55 @@ def test_a_ray_that_is_slow_to_start_is_tried_once_more(
     with nullcontext() if failures == 1 else pytest.raises(PlacementError, match="timed out during startup"):
         connect("local")
     assert tried == ["local"] * calls
+
+
+def test_a_base_that_does_not_fit_ends_the_run_with_what_to_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_recipe(tmp_path)
+    config = settings.load(tmp_path / "small.yaml", [])
+    cluster = Cluster(
+        config, run=tmp_path, import_root=tmp_path, poll=lambda: None, note=lambda text: None, again="align run"
+    )
+
+    def load(*_: object, doing: str) -> None:
+        with _lack_of_memory_told(doing):
+            torch.empty(2**60)
+
+    for name in ("_reserve", "_wait_for_place", "_new_worker"):
+        monkeypatch.setattr(cluster, name, MagicMock())
+    monkeypatch.setattr(cluster, "_wait", load)
+    monkeypatch.setattr(align.cluster, "connect", lambda address: False)
+    said = r"out of memory in loading the base model: .*The base model does not fit: change base\.dtype=bfloat16"
+    with pytest.raises(WorkerError, match=said):
+        cluster.start()
+
+
+def test_nothing_of_a_ray_of_our_own_listens_beyond_this_machine(tmp_path: Path) -> None:
+    program = """
+import os, socket, sys
+from align.cluster import connect
+from tests.shell import descendants
+assert connect("local")
+inodes = {}
+for name in ("tcp", "tcp6"):
+    for line in open(f"/proc/net/{name}").readlines()[1:]:
+        fields = line.split()
+        if fields[3] == "0A":
+            inodes[f"socket:[{fields[9]}]"] = fields[1].rpartition(":")[0]
+for pid in (os.getpid(), *descendants(os.getpid())):
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            address = inodes.get(os.readlink(f"/proc/{pid}/fd/{name}"))
+        except FileNotFoundError:
+            continue
+        if address:
+            print(address)
+"""
+    shell = new_shell(tmp_path, tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=shell.environment, capture_output=True, text=True, timeout=PATIENCE_SECONDS
+    )
+    addresses = done.stdout.split()
+    assert len(addresses) > 5, done.stderr
+    assert {address.removeprefix("0000000000000000FFFF0000") for address in addresses} == {"0100007F"}

@@ -3,7 +3,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,26 @@ def finished(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tup
     folder, display = tmp_path_factory.mktemp("finished"), Recorder()
     write_recipe(folder)
     return folder, run(folder, display=display), display
+
+
+@contextmanager
+def interrupted_once(is_time: Callable[[], bool]) -> Generator[None]:
+    """Ctrl-C while inside, as soon as it is time."""
+    is_over = threading.Event()
+
+    def interrupt() -> None:
+        while not is_over.wait(0.05):
+            if is_time():
+                os.kill(os.getpid(), signal.SIGINT)
+                return
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        thread.join()
 
 
 @pytest.fixture
@@ -329,6 +351,61 @@ with heard_signals():
             assert process.stdout.readline().strip() == said
             process.send_signal(signal.SIGINT)
         assert process.wait(timeout=60) == 130
+
+
+def test_a_second_sigterm_does_not_break_off_the_good_order() -> None:
+    program = """
+import time
+from align.driver import heard_signals
+with heard_signals():
+    try:
+        print("up", flush=True)
+        time.sleep(600)
+    finally:
+        print("tidying up", flush=True)
+        time.sleep(2)
+        print("tidy", flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout is not None
+        for said in ("up", "tidying up"):
+            assert process.stdout.readline().strip() == said
+            process.send_signal(signal.SIGTERM)
+        assert process.stdout.readline().strip() == "tidy"
+        assert process.wait(timeout=60) == 143
+
+
+def test_what_a_stage_ends_with_as_the_run_is_stopped_is_kept(folder: Path, ray_cluster: None) -> None:
+    display = Recorder()
+    change = {"reward": fake_stages.ending_once_asked_to_stop}
+    with interrupted_once((run_of(folder) / "reward" / "waiting").exists), pytest.raises(StoppedError):
+        run(folder, display=display, change=change)
+    assert any(note.startswith("stopping: reward has up to 5 s") for note in display.notes)
+    assert (run_of(folder) / "reward" / "result.json").exists()
+    assert not (run_of(folder) / "ppo" / "started.json").exists()
+    assert not (run_of(folder) / ".stop").exists()
+
+
+def test_a_stage_that_does_not_stop_is_ended(folder: Path, ray_cluster: None) -> None:
+    change = {"reward": fake_stages.deaf}
+    with interrupted_once((run_of(folder) / "reward" / "waiting").exists), pytest.raises(StoppedError):
+        run(folder, change=change)
+    assert not (run_of(folder) / "reward" / "result.json").exists()
+    assert [path.name for path in run_of(folder).glob("**/.*.tmp")] == []
+
+
+def test_the_way_to_go_on_names_the_changes_that_were_allowed(folder: Path, ray_cluster: None) -> None:
+    with pytest.raises(WorkerError):
+        run(folder, change={"ppo": fake_stages.failing_somehow})
+    with pytest.raises(WorkerError, match=f"{COMMAND} --resume --allow-change ppo.updates$"):
+        run(
+            folder,
+            "ppo.updates=8",
+            resume=True,
+            allowed=["ppo.updates"],
+            change={"ppo": fake_stages.failing_somehow},
+        )
 
 
 def test_what_ray_cannot_place_is_said(folder: Path, ray_cluster: None) -> None:

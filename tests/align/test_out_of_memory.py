@@ -34,8 +34,9 @@ def test_the_micro_batch_of_each_step(tmp_path: Path) -> None:
 @pytest.mark.parametrize("step", ["sft", "reward", "ppo", "evaluation"])
 def test_the_remedy_names_settings_that_there_are(step: str, tmp_path: Path) -> None:
     write_recipe(tmp_path)
-    said = to_need_less(step, "align run small.yaml")
+    said = to_need_less(step, "align run small.yaml --resume")
     stage = "ppo" if step == "evaluation" else step
     assert stage in said
+    assert said.endswith("align run small.yaml --resume --allow-change KEY")
     checkpointing = next(word for word in said.split() if "gradient_checkpointing" in word)
     settings.load(tmp_path / "small.yaml", [checkpointing.strip(",")])

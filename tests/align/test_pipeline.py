@@ -212,6 +212,21 @@ def test_resume_continues_after_the_newest_whole_checkpoint(tmp_path: Path) -> N
     assert decided(tmp_path / "ppo", parts, resume=True) == Decision("resume", "continues after update 10", split=2)
 
 
+def test_the_parts_of_another_micro_batch_are_not_gone_on_with(tmp_path: Path) -> None:
+    leave_checkpoint(tmp_path / "ppo", parts_of(config_with(tmp_path), "ppo"))
+    parts = parts_of(config_with(tmp_path, "ppo.loss.micro_batch_size=1"), "ppo")
+    decision = decided(tmp_path / "ppo", parts, resume=True, allowed=["ppo.loss.micro_batch_size"])
+    assert decision.split == 1
+
+
+def test_a_refusal_names_all_that_changed(tmp_path: Path) -> None:
+    changed = ("ppo.updates=6", "ppo.kl.coefficient=0.2", "ppo.loss.epochs=9", "base.compile=true", "run.seed=9")
+    leave_checkpoint(tmp_path / "ppo", parts_of(config_with(tmp_path), "ppo"))
+    with pytest.raises(UsageError) as raised:
+        decided(tmp_path / "ppo", parts_of(config_with(tmp_path, *changed), "ppo"), resume=True)
+    assert all(f"config {key.partition('=')[0]} changed" in str(raised.value) for key in changed)
+
+
 def test_resume_with_only_damaged_checkpoints_is_an_error(tmp_path: Path) -> None:
     parts = parts_of(config_with(tmp_path))
     (leave_checkpoint(tmp_path / "ppo", parts) / "state.json").write_text("cut")
@@ -257,6 +272,7 @@ def test_a_finished_step_stands_under_a_change_that_is_allowed(tmp_path: Path) -
     [
         ("adapters.rank", "a checkpoint cannot be continued under another one"),
         ("ppo.critic.kind", "a checkpoint cannot be continued under another one"),
+        ("run.seed", "a checkpoint cannot be continued under another one"),
         ("ppo.update", r"did you mean ppo\.updates\?"),
         ("xyz", "write it as the refusal"),
     ],

@@ -1,12 +1,15 @@
 import json
 import os
 import time
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from align.errors import UsageError
-from align.show import clock, pace
+from align.show import clock, pace, state_view
 from align.status import Status, occupied, read_state, read_status, write_end
 from align.tracking import Tracker
 
@@ -72,6 +75,28 @@ def test_a_second_driver_is_kept_out_of_a_run_folder(tmp_path: Path) -> None:
         pass
     with occupied(tmp_path):
         pass
+
+
+def test_a_folder_that_cannot_be_locked_is_refused_with_what_to_choose(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with (
+        pytest.raises(UsageError, match=r"cannot be locked: .*No locks available; choose a run\.root"),
+        occupied(tmp_path),
+    ):
+        pass
+
+
+def test_what_a_terminal_would_obey_is_shown_harmless(tmp_path: Path) -> None:
+    leave_run(tmp_path, finished=("sft",))
+    state = replace(read_state(tmp_path, NOW), finished_steps=("[red]s\x1b[31mft",))
+    printed = StringIO()
+    Console(file=printed, width=100).print(state_view(state))
+    assert "[red]s\N{REPLACEMENT CHARACTER}[31mft" in printed.getvalue()
 
 
 def test_a_half_written_status_is_no_status(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from align.errors import InvariantError, StorageError
+from align.errors import ArtifactError, InvariantError, StorageError
 from align.tracking import Tracker
 
 
@@ -54,6 +54,23 @@ def test_rewinding_drops_what_came_after_and_a_line_that_was_cut_off(tmp_path: P
     tracker.rewind(settled[1])
     assert path.read_text() == first_two
     assert [line["step"] for line in lines_of(tmp_path / "ppo" / "timings.jsonl")] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ('{"step": 1}\n', r"has 1 lines, but 2 when the checkpoint was made"),
+        ('{"step": 1}\n{"step": 2}', r"has 1 lines, but 2"),
+        ('{"step": 1}\n{"step"\n', r"metrics\.jsonl line 2 is damaged: "),
+        ('{"step": 1}\n[2]\n', r"metrics\.jsonl line 2 is damaged: "),
+    ],
+)
+def test_logs_that_lack_what_a_checkpoint_counted_are_refused(content: str, said: str, tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path / "ppo", stage="ppo")
+    (tmp_path / "ppo" / "metrics.jsonl").write_text(content)
+    with pytest.raises(ArtifactError, match=rf"{said}.*--fresh"):
+        tracker.rewind({"metrics.jsonl": 2})
+    assert (tmp_path / "ppo" / "metrics.jsonl").read_text() == content
 
 
 def test_progress_is_one_whole_file_that_tells_the_last_metrics(tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+import align.artifacts
 from align.artifacts import MANIFEST, newest_whole, read_artifact, write_directory
 from align.checkpoints import load_newest
 from align.errors import ArtifactError
-from align.handover import begin
+from align.status import occupied
 from stages.ppo.train import run_ppo
 from tests.resident import resident
 from tests.stages.scenes import context_of, ppo_config, ppo_inputs
@@ -97,11 +98,37 @@ def test_no_bit_of_a_manifest_can_flip_unseen(tmp_path: Path) -> None:
         assert found == artifact, content  # white space for other white space
 
 
-def test_what_a_killed_writer_left_is_cleared_away(tmp_path: Path) -> None:
-    for folder in (tmp_path, tmp_path / "checkpoints"):
-        for left in (".adapter.123.tmp", ".adapter.123.old", "adapter", ".mine.tmp"):
-            (folder / left).mkdir(parents=True)
-        (folder / ".result.json.7.tmp").touch()
-    begin(tmp_path, {}, keep=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"adapter", ".mine.tmp", "checkpoints", "started.json"}
-    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"adapter", ".mine.tmp"}
+def test_a_file_that_cannot_be_read_counts_as_damaged(checkpoints: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older, newest = sorted(checkpoints.iterdir())
+    own = align.artifacts.sha256_of_file
+
+    def unreadable(path: Path) -> str:
+        if path.parent == newest:
+            raise OSError(5, "Input/output error", str(path))
+        return own(path)
+
+    monkeypatch.setattr(align.artifacts, "sha256_of_file", unreadable)
+    found, damaged = newest_whole(checkpoints)
+    assert found is not None
+    assert found.path == older
+    assert "cannot be read: [Errno 5]" in damaged[0]
+
+
+def test_what_a_killed_writer_left_is_cleared_away_before_and_after(tmp_path: Path) -> None:
+    folders = (tmp_path, tmp_path / "sft", tmp_path / "sft" / "checkpoints")
+
+    def leave() -> None:
+        for folder in folders:
+            for left in (".adapter.123.tmp", ".adapter.123.old", "adapter", ".mine.tmp"):
+                (folder / left).mkdir(parents=True, exist_ok=True)
+            (folder / ".result.json.7.tmp").touch()
+
+    def there() -> list[set[str]]:
+        own = {"sft", "checkpoints", ".lock"}
+        return [{path.name for path in folder.iterdir()} - own for folder in folders]
+
+    leave()
+    with occupied(tmp_path):
+        assert there() == [{"adapter", ".mine.tmp"}] * 3
+        leave()
+    assert there() == [{"adapter", ".mine.tmp"}] * 3

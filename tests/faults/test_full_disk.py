@@ -4,6 +4,7 @@ on later."""
 import subprocess
 from collections.abc import Callable, Generator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ import pytest
 
 from align.errors import StorageError
 from align.tracking import Tracker
+from tests.align.fake_stages import filling_the_disk
+from tests.align.recipe import write_recipe
+from tests.align.test_driver import run
 from tests.stages.scenes import hashes_of
 from tests.stages.test_continuation import sft
 
@@ -24,7 +28,7 @@ def small_disk(tmp_path: Path) -> Generator[Path]:
     if mounted.returncode:
         pytest.skip(f"needs leave to mount: {mounted.stderr.strip()}")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    subprocess.run(["umount", "--lazy", folder], check=True)  # a worker that is being killed may still hold a log
 
 
 def remount(folder: Path, how: str) -> None:
@@ -78,3 +82,19 @@ def test_a_disk_that_becomes_read_only_costs_what_came_after_the_last_checkpoint
     assert [path.name for path in (small_disk / "sft" / "checkpoints").iterdir()] == ["update-00002"]
     sft(small_disk, resume=True)
     assert hashes_of(small_disk / "sft") == hashes_of(tmp_path / "whole" / "sft")
+
+
+def test_a_disk_that_is_full_when_a_result_is_written_costs_that_stage_and_no_more(
+    small_disk: Path, ray_cluster: None
+) -> None:
+    write_recipe(small_disk)
+    run(small_disk, stage="sft")
+    before = hashes_of(small_disk / "runs" / "small" / "sft")
+    ballast = small_disk / "ballast"
+    with pytest.raises(StorageError, match=r"cannot write .*result\.json.*No space left on device.*is kept"):
+        run(small_disk, stage="reward", change={"reward": partial(filling_the_disk, ballast)})
+    with pytest.raises(StorageError, match=r"cannot write .*No space left on device"):
+        run(small_disk)
+    ballast.unlink()
+    assert run(small_disk, resume=True)["reward"] == {"accuracy": 0.9}
+    assert hashes_of(small_disk / "runs" / "small" / "sft") == before
