@@ -232,6 +232,7 @@ def _load_whole(
     folder: Path, config: BaseModelConfig, dtype: "torch.dtype"
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """What transformers makes of the folder; refused if it would have to invent weights."""
+    from accelerate.utils.memory import should_reduce_batch_size
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -245,6 +246,8 @@ def _load_whole(
             ),
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        if should_reduce_batch_size(error):
+            raise  # memory, not the model
         raise _unloadable(config, folder, error) from error
     if info["missing_keys"]:  # transformers would go on with random weights
         raise ModelError(

@@ -32,6 +32,8 @@ class Classifier:
     def __init__(
         self, model: str, *, revision: str | None, label: str | None, sees_prompt: bool, device: torch.device
     ) -> None:
+        from accelerate.utils.memory import should_reduce_batch_size
+        from safetensors import SafetensorError
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         where = f"reward source {model!r}"
@@ -45,7 +47,9 @@ class Classifier:
                     model, revision=revision, use_safetensors=True, output_loading_info=True
                 ),
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            if should_reduce_batch_size(error):
+                raise  # memory, not the model
             raise ModelError(f"{where} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
         if info["missing_keys"]:
             raise ModelError(f"{where} is no trained classifier: it lacks {min(info['missing_keys'])}")

@@ -16,7 +16,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 from align.artifacts import write_directory
-from align.errors import ArtifactError, DataError, UsageError, WorkerError
+from align.errors import DataError, StorageError, UsageError, WorkerError
 from data.ingestion.decide import decide
 from data.ingestion.find import IngestRequest, common_kind, describe, find_pieces
 from data.ingestion.rules import RowRules, SetRules
@@ -35,7 +35,7 @@ def ingest(
     Raises:
         DataError: a source cannot be found, is of no known kind or shape, or no row is fit.
         UsageError: there is something at `to` already, or the settings do not fit together.
-        ArtifactError: the disk is full, or `to` cannot be written.
+        StorageError: the disk is full, or `to` cannot be written.
     """
     if to.exists():
         raise UsageError(f"{to} is there already: ingest into another folder, or remove it first")
@@ -66,7 +66,7 @@ def ingest(
         write_directory(to, fill, kind="dataset", stage="ingest", step=0, base_identity="")
         return found[0]
     except OSError as error:
-        raise ArtifactError(f"cannot write beside {to}: {error}; free space, or choose another folder") from error
+        raise StorageError(f"cannot write beside {to}: {error}; free space, or choose another folder") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -73,6 +73,9 @@ def test_a_folder_that_is_no_classifier_is_refused(tmp_path: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"no trained classifier: it lacks classifier\.weight"):
         classifier(folder)
+    (folder / "model.safetensors").write_bytes(b"not this")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        classifier(folder)
 
 
 def test_a_function_is_given_prompt_and_response() -> None:

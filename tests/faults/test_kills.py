@@ -1,7 +1,7 @@
-"""Kill -9 at random instants of the stages: what is resumed ends with the bytes of a run that nobody killed.
+"""Kill -9 and stops at random instants of the stages: what is resumed ends with the bytes of a run that nobody ended.
 
-The short form kills twice a worker and twice a driver of tiny.yaml, in all three stages; FAULTS=20 (make faults) each
-20 times, and then those of the quickstart once in each stage.
+The short form kills twice a worker and twice a driver of tiny.yaml, in all three stages, and stops three runs;
+FAULTS=20 (make faults) kills each 20 times, then those of the quickstart once in each stage, and looks at the clock.
 """
 
 import os
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from align.artifacts import read_json
+from align.artifacts import newest_whole, read_json
 from align.handover import read_finished
 from tests.shell import ROOT, TINY, Shell, descendants, finish, new_shell, reproducible, run_of, wait_until
 
@@ -28,6 +28,10 @@ SIZES = (
     *("sft.epochs=12", "sft.checkpoints.every=1", "reward.epochs=12", "reward.checkpoints.every=1"),
     *("ppo.updates=12", "ppo.checkpoints.every=1", "adapters.dropout=0.1"),
 )
+# The same run with checkpoints so rare that none comes by itself: what is there has been saved by the stop
+RARE = ("sft.checkpoints.every=null", "reward.checkpoints.every=null")
+# Of the quickstart, whose default is every 5 minutes, so that what is killed is continued
+SOME = ("sft.checkpoints.every=5", "reward.checkpoints.every=5")
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 COUNT = int(os.environ.get("FAULTS", "2"))
 
@@ -61,14 +65,18 @@ def whole_quickstart(tmp_path_factory: pytest.TempPathFactory) -> Whole:
     return run_whole("quickstart", tmp_path_factory, QUICKSTART)
 
 
-def start_until(instant: int, whole: Whole, shell: Shell) -> subprocess.Popen[str]:
-    """Start a run that has the stages before, and come back at a random instant of the stage."""
-    stage = STAGES[instant % len(STAGES)]
-    run = run_of(shell)
+def start(stage: str, whole: Whole, shell: Shell, *overrides: str) -> subprocess.Popen[str]:
+    """A run that has the stages before."""
     for earlier in STAGES[: STAGES.index(stage)]:
-        shutil.copytree(whole.run / earlier, run / earlier)
-    process = shell.start("run", TINY, *SIZES)
-    wait_for(instant, stage, run, whole, process)
+        shutil.copytree(whole.run / earlier, run_of(shell) / earlier)
+    return shell.start("run", TINY, *SIZES, *overrides)
+
+
+def start_until(instant: int, whole: Whole, shell: Shell) -> subprocess.Popen[str]:
+    """Come back at a random instant of a stage."""
+    stage = STAGES[instant % len(STAGES)]
+    process = start(stage, whole, shell)
+    wait_for(instant, stage, run_of(shell), whole, process)
     return process
 
 
@@ -121,10 +129,60 @@ def test_a_run_whose_driver_is_killed_is_resumed_to_the_same_bytes(instant: int,
     assert all(summary[section] == other[section] for section in ("sft", "reward", "ppo", "eval"))
 
 
+def logged_steps(run: Path, stage: str) -> int:
+    path = run / stage / "metrics.jsonl"
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "number", "code"),
+    [("sft", signal.SIGINT, 130), ("reward", signal.SIGTERM, 143), ("ppo", signal.SIGINT, 130)],
+)
+def test_a_run_that_is_stopped_has_its_last_finished_update_on_the_disk_and_leaves_nothing_else(
+    stage: str, number: signal.Signals, code: int, whole: Whole, shell: Shell
+) -> None:
+    run = run_of(shell)
+    process = start(stage, whole, shell, *RARE)
+    wait_until(lambda: logged_steps(run, stage) >= 3, process)
+    below = descendants(process.pid)
+    process.send_signal(number)
+    since = time.monotonic()
+    stopped = finish(process, below)
+    if COUNT >= 20:
+        assert time.monotonic() - since < 10
+    assert stopped.returncode == code
+    assert stopped.stderr.count("\n") == 1
+    assert f"stopping: {stage} has up to" in stopped.stdout
+    newest, damage = newest_whole(run / stage / "checkpoints")
+    assert newest is not None
+    assert not damage
+    assert newest.step == logged_steps(run, stage) >= 3
+    assert not [path for path in run.rglob(".*") if path.name != ".lock"]
+    resumed = shell.align("run", TINY, *SIZES, *RARE, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"{stage}: resume (continues after update {newest.step})" in resumed.stdout
+    assert reproducible(run) == reproducible(whole.run)
+
+
+def test_a_second_ctrl_c_ends_at_once(whole: Whole, shell: Shell) -> None:
+    process = shell.start("run", TINY, *SIZES)
+    wait_until(lambda: logged_steps(run_of(shell), "sft") >= 1, process)
+    below = descendants(process.pid)
+    os.kill(worker_of(below), signal.SIGSTOP)  # it would not hear of the first
+    process.send_signal(signal.SIGINT)
+    assert process.stdout is not None
+    while "stopping" not in process.stdout.readline():
+        pass
+    process.send_signal(signal.SIGINT)
+    ended = finish(process, {pid: title for pid, title in below.items() if not title.startswith(AGENTS)})
+    assert ended.returncode == 130
+    assert ended.stderr == ""
+
+
 def test_the_quickstart_whose_worker_is_killed_in_each_stage_ends_with_the_same_bytes(
     whole_quickstart: Whole, shell: Shell
 ) -> None:
-    process = shell.start("run", QUICKSTART)
+    process = shell.start("run", QUICKSTART, *SOME)
     run, below = run_of(shell, "quickstart"), dict[int, str]()
     for instant, stage in enumerate(STAGES):
         wait_for(instant, stage, run, whole_quickstart, process)
@@ -142,9 +200,9 @@ def test_the_quickstart_whose_driver_is_killed_in_each_stage_ends_with_the_same_
 ) -> None:
     run = run_of(shell, "quickstart")
     for instant, stage in enumerate(STAGES):
-        process = shell.start("run", QUICKSTART, *(["--resume"] if instant else []))
+        process = shell.start("run", QUICKSTART, *SOME, *(["--resume"] if instant else []))
         wait_for(instant, stage, run, whole_quickstart, process)
         kill_driver(process)
-    finished = shell.align("run", QUICKSTART, "--resume")
+    finished = shell.align("run", QUICKSTART, *SOME, "--resume")
     assert finished.returncode == 0, finished.stderr
     assert reproducible(run) == reproducible(whole_quickstart.run)
