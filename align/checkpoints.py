@@ -27,10 +27,11 @@ from align.artifacts import (
     verify_base,
     write_directory,
     write_json,
+    writing,
 )
 from align.config import BestCheckpointsConfig, CheckpointsConfig
 from align.context import StageContext
-from align.errors import ArtifactError, StoppedError
+from align.errors import ArtifactError
 from align.stopping import is_asked_to_stop
 
 _log = logging.getLogger(__name__)
@@ -108,7 +109,8 @@ def save_checkpoint(
             save_file(own, path / f"{name}.safetensors")
         write_json(path / "state.json", {**checkpoint.state, "environment": environment()})
 
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"update-{checkpoint.step:05d}"
     artifact = write_directory(
         path, fill, kind="checkpoint", stage=stage, step=checkpoint.step, base_identity=base_identity
@@ -118,7 +120,8 @@ def save_checkpoint(
     kept = {*earlier[-keep:], *(_best(earlier)[-keep_best:] if keep_best else ())}
     for other in there:
         if other not in kept:
-            shutil.rmtree(other)
+            with writing(other):
+                shutil.rmtree(other)
     return artifact
 
 
@@ -205,10 +208,9 @@ class StageCheckpoints:
         Raises:
             StoppedError: the driver has asked for it; the step is on the disk.
         """
-        if is_asked_to_stop(self._context.folder.parent):
-            if step != self._saved_step:
-                self.save(step, *content())
-            raise StoppedError(f"{self._context.folder.name} stopped after update {step}")
+        if step != self._saved_step and is_asked_to_stop(self._context.folder.parent):
+            self.save(step, *content())
+        self._context.stop_if_asked()
 
     def resume(self) -> Checkpoint | None:
         """What the stage continues from, the logs put back to where they were then; None if it starts anew."""

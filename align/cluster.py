@@ -6,14 +6,24 @@ import pickle
 import re
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from align.artifacts import write_text
 from align.config import BaseModelConfig, ClusterConfig, Config
-from align.errors import AlignError, OutOfMemoryError, PlacementError, StorageError, WorkerDiedError, WorkerError
+from align.errors import (
+    AlignError,
+    OutOfMemoryError,
+    PlacementError,
+    StoppedError,
+    StorageError,
+    WorkerDiedError,
+    WorkerError,
+)
 from align.installation import verify_worker
 from align.messages import last_words
 from align.stopping import ask_to_stop
@@ -24,6 +34,7 @@ ResultT = TypeVar("ResultT")
 _OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray of our own: only the records pass through it
 _POLL_SECONDS = 0.3
 _STOP_SECONDS = 5.0  # that a stage has to save what it has done; with Ray's own end it stays below ten
+_DEATH_SECONDS = 2.0
 _WITHOUT_A_WORD = " It left no word, as when the system ends what takes too much memory (then dmesg says so)."
 _SLOW_START = "timed out during startup"  # Ray's own limit, 30 s and fixed: one more try helps on a busy machine
 _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entrypoint of a submitted job
@@ -99,6 +110,7 @@ class Cluster:
         self._group: Any = None
         self._asked = Resources(1, 0)
         self._worker: Any = None
+        self._running: Any = None  # what the worker was asked for last
         self._stop: BaseException | None = None  # Ctrl-C or SIGTERM, once heard
 
     def close(self) -> None:
@@ -110,6 +122,8 @@ class Cluster:
         if ray.is_initialized():
             if self._worker is not None:
                 ray.kill(self._worker)
+                if self._running is not None:  # until it is dead it may write
+                    ray.wait([self._running], timeout=_DEATH_SECONDS)
             if self._group is not None:
                 remove_placement_group(self._group)
         if self._is_ours:
@@ -153,29 +167,43 @@ class Cluster:
             WorkerError: it raised something else.
             KeyboardInterrupt, SystemExit: the driver was asked to end; the stage has had a few seconds for that.
         """
-        reference = self._worker.run.remote(call)
+        self._running = self._worker.run.remote(call)
         try:
-            return self._wait(reference, doing=call.step)
+            return self._wait(self._running, doing=call.step)
         except (KeyboardInterrupt, SystemExit) as stop:
-            return self._let_stop(reference, stop, doing=call.step)
+            return self._let_stop(self._running, stop, doing=call.step)
 
     def _let_stop(self, reference: Any, stop: BaseException, *, doing: str) -> Outcome:
         """Give a stage the time to put its last finished update on the disk, or, if it was about done, to end."""
         import ray
         from ray.exceptions import RayError
 
-        self._note(
+        try:
+            ask_to_stop(self._run)
+        except StorageError as why:
+            self._say(f"warning: {doing} cannot be asked to stop: {why}")
+            raise stop from None
+        self._say(
             f"stopping: {doing} has up to {_STOP_SECONDS:g} s to save its last update; a second Ctrl-C ends at once"
         )
-        ask_to_stop(self._run)
         if not ray.wait([reference], timeout=_STOP_SECONDS)[0]:
+            self._say(f"warning: {doing} did not come to a place to stop at: what its checkpoints hold is kept")
             raise stop
         try:
             outcome: Any = ray.get(reference)
-        except RayError:
+        except RayError as error:
+            cause = getattr(error, "cause", error)
+            if not isinstance(cause, StoppedError):
+                self._say(
+                    f"warning: {doing} failed as it was stopped: {_condense(cause)} (all of it: {self._save(error)})"
+                )
             raise stop from None
         self._stop = stop
         return outcome
+
+    def _say(self, text: str) -> None:
+        with suppress(OSError):  # who reads may have been interrupted, too, and be gone
+            self._note(text)
 
     def end_if_stopped(self) -> None:
         """Raise what `run` heard while a stage was at its end, now that its result is kept."""
@@ -194,7 +222,10 @@ class Cluster:
         import ray
 
         seconds = self._config.cluster.placement_timeout_seconds
-        if not self._group.wait(seconds):
+        deadline = time.monotonic() + seconds
+        while not self._group.wait(1):  # no longer: Ctrl-C is not heard in it
+            if time.monotonic() < deadline:
+                continue
             free = ray.available_resources()
             raise PlacementError(explain_shortage(self._asked, _living_nodes(), free, seconds=seconds))
 
@@ -251,6 +282,7 @@ class Cluster:
 def connect(address: str) -> bool:
     """Whether the connection is ours to end; PlacementError if there is none."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")  # or SIGTERM in ray.init waits half a minute
     if address == "local" and is_in_ray_job():
         address = "auto"
     is_own = address == "local"

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.artifacts import Artifact
+from align.artifacts import Artifact, writing
 from align.config import RewardsConfig, RolloutConfig
-from align.errors import ConfigError, DataError
+from align.errors import ConfigError, DataError, StoppedError
+from align.stopping import is_asked_to_stop
 from align.tracking import Tracker
 from data.records import Account, Comparison, Demonstration, PlainText, Prompt, Reject, Verdict
 from data.rejects import check_rate, describe, write_rejects
@@ -48,6 +49,11 @@ class StageContext:
     split: int = 1  # parts that a micro-batch is computed in, since memory did not do for it whole; divides its size
     rank: int = 0
     world_size: int = 1
+
+    def stop_if_asked(self) -> None:
+        """StoppedError if the driver has asked for it: to be called where nothing is lost by it."""
+        if is_asked_to_stop(self.folder.parent):
+            raise StoppedError(f"{self.folder.name} stopped as it was asked to")
 
     def part_of(self, batch_size: int) -> int:
         """What is computed at once of a batch."""
@@ -95,7 +101,8 @@ class StageContext:
         logging.getLogger(__name__).info("%s: %s, once tokenized: %s", self.folder.name, what, describe(account))
         path = self.folder / f"rejects-{what}-tokens.jsonl"
         if self.rank == 0:
-            write_rejects(path, rejects)
+            with writing(path):
+                write_rejects(path, rejects)
         check_rate(account, rejects, max_rate=self.max_reject_rate, what=f"{what} (tokenized)", rejects_path=path)
         if account.kept == 0:
             raise DataError(f"{what}: no row is left after tokenization: {describe(account)}; see {path}")

@@ -5,9 +5,10 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -127,11 +128,11 @@ def run_pipeline(
                     warn_of_stale(config, steps[0], run=run, base_identity=base_identity, display=display)
                 display.step(step, f"{decision.kind} ({decision.reason})")
                 if decision.finished is None:
-                    cluster.start()  # ahead of begin, which clears the step's folder: first see that it can run
-                    begin(run / step, prepared.fingerprint, keep=decision.kind == "resume", changed=decision.changed)
-                    watch.start()
                     call = stage_call(step, stages[step], config, prepared, run, decision)
-                    outcome = run_to_its_end(cluster, call, config.cluster.max_failures, display, again)
+                    is_kept = decision.kind == "resume"
+                    start = partial(begin, run / step, prepared.fingerprint, keep=is_kept, changed=decision.changed)
+                    watch.start()
+                    outcome = run_to_its_end(cluster, call, start, config.cluster.max_failures, display, again)
                     write_finished(run / step, finish(step, outcome, prepared, config))
                     journal.count(outcome)
                 journal.record()
@@ -184,19 +185,32 @@ def stage_call(
     )
 
 
-def run_to_its_end(cluster: Cluster, call: StageCall, max_failures: int, display: Display, again: str) -> Outcome:
+def run_to_its_end(
+    cluster: Cluster,
+    call: StageCall,
+    begin_step: Callable[[], None],
+    max_failures: int,
+    display: Display,
+    again: str,
+) -> Outcome:
     """Run a step; a worker that dies in it is started anew and goes on from the last checkpoint. One that ran out of
     memory, too, and computes its micro-batches in smaller parts from then on: the same numbers to rounding.
+
+    Args:
+        begin_step: clears the step's folder; called once there is a worker.
 
     Raises:
         WorkerDiedError: more than `max_failures` died.
         OutOfMemoryError: not even one row at a time fits.
         AlignError: the step's own.
     """
-    failures = 0
+    failures, has_begun = 0, False
     while True:
         try:
             cluster.start()
+            if not has_begun:
+                begin_step()
+                has_begun = True
             return cluster.run(call)
         except OutOfMemoryError as error:
             split = next_split(call.micro_batch_size, call.split)
@@ -210,7 +224,7 @@ def run_to_its_end(cluster: Cluster, call: StageCall, max_failures: int, display
             if failures > max_failures:
                 raise WorkerDiedError(f"{error}. Continue with: {again}") from None
             said = f"{error}; a new one ({failures} of cluster.max_failures {max_failures})"
-        checkpoint, _ = newest_whole(call.folder / "checkpoints")
+        checkpoint = newest_whole(call.folder / "checkpoints")[0] if has_begun or call.resume else None
         where = "from the step's beginning" if checkpoint is None else f"after update {checkpoint.step}"
         display.note(f"warning: {said}, and goes on {where}")
         cluster.drop_worker()

@@ -53,6 +53,7 @@ def generate(
     sampling: Sampling,
     uniforms_BT: np.ndarray,
     on_progress: Callable[[int, int], None] | None = None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> list[Response]:
     """One response to each prompt, under the present role. Equal prompts side by side are prefilled once.
 
@@ -60,6 +61,7 @@ def generate(
         prompts: token ids, each at least one.
         uniforms_BT: float64 in [0, 1), shape (len(prompts), max_response_length).
         on_progress: called with (responses done, responses in all).
+        on_step: called before each token; it may raise.
     """
     waiting = deque(range(len(prompts)))
     size = min(sampling.batch_size, len(prompts))
@@ -74,6 +76,7 @@ def generate(
     done: dict[int, Response] = {}
     eos = torch.tensor(codec.eos_ids, device=model.device)
     while rows or waiting:
+        on_step()
         entering = _next_to_enter(waiting, prompts, free=size - len(rows), size=size)
         if entering:
             stepping = [_Row(number) for number in entering]

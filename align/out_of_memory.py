@@ -19,12 +19,16 @@ def next_split(micro_batch_size: int, split: int) -> int | None:
 def to_need_less(step: str, again: str) -> str:
     """The remedy, once one row at a time does not fit. `again` is the command that continues the run."""
     stage = "ppo" if step == "evaluation" else step
-    own = f"{stage}.max_length"
+    changes = ["base.dtype=bfloat16 where the device computes in it"]
+    if step != "evaluation":  # which goes nowhere backwards
+        changes.append(f"{'ppo.loss' if stage == 'ppo' else stage}.gradient_checkpointing=true")
     if stage == "ppo":
-        own = "ppo.rollout.max_response_length or max_prompt_length"
-    checkpointing = "ppo.loss.gradient_checkpointing" if stage == "ppo" else f"{stage}.gradient_checkpointing"
+        changes.append("a smaller ppo.rollout.max_response_length or max_prompt_length")
+    else:
+        changes.append(f"a smaller {stage}.max_length")
+    if stage != "sft":
+        changes.append("a smaller ppo.rollout.batch_size, of responses generated side by side")
     return (
-        f"One row at a time does not fit. Change: {checkpointing}=true, base.dtype=bfloat16 where the device computes "
-        f"in it, a smaller {own}, or more memory; align plan says what each part takes. Then, "
-        f"with each KEY that you changed allowed: {again} --allow-change KEY"
+        f"One row at a time does not fit. Change: {', '.join(changes)}, or more memory; align "
+        f"plan says what each part takes. Then, with each KEY that you changed allowed: {again} --allow-change KEY"
     )

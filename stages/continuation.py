@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from align.artifacts import write_json
+from align.artifacts import write_json, writing
 from align.checkpoints import Checkpoint, Groups, StageCheckpoints, State, optimizer_tensors, restore_optimizer
+from align.errors import UsageError
 from stages.trainer import ReportToTracker
 
 
@@ -70,7 +71,8 @@ class TrainerCheckpoints(TrainerCallback):
             return trainer.train().global_step
         folder = Path(str(trainer.args.output_dir))
         write_json(folder / "trainer_state.json", self._start.state["trainer"], durable=False)
-        save_file(dict(self._start.groups["trained"]), folder / "model.safetensors")
+        with writing(folder):
+            save_file(dict(self._start.groups["trained"]), folder / "model.safetensors")
         return trainer.train(resume_from_checkpoint=str(folder)).global_step
 
     # ---- what the trainer calls ----
@@ -149,6 +151,14 @@ class TrainerCheckpoints(TrainerCallback):
                 "schedule": self._schedule.state_dict(),
                 "num_tokens": self._report.num_tokens,
             },
+        )
+
+
+def verify_epochs(key: str, then: float, now: float) -> None:
+    """Of a training that has ended. UsageError if others are asked for now: they would have no effect."""
+    if then != now:
+        raise UsageError(
+            f"{key}: a training of {then:g} epochs has ended; for {now:g} start the stage anew with --fresh"
         )
 
 

@@ -52,6 +52,7 @@ def run_evaluation(config: EvaluationConfig, inputs: EvaluationInputs, context: 
     for number, (side, role) in enumerate(_ROLES.items()):
 
         def on_progress(done: int, total: int, number: int = number) -> None:
+            context.stop_if_asked()
             tracker.progress(number * total + done, len(_ROLES) * total, "answering held-out prompts")
 
         on_progress(0, len(asked))

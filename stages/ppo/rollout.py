@@ -5,7 +5,7 @@ values and scores come from no-grad passes over the very batches that are learnt
 first minibatch's ratio is 1 and the first KL is 0 in every dtype.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -83,14 +83,16 @@ def generate_episodes(
     update: int,
     responses_per_prompt: int = 1,
     purpose: str = "sample",
+    on_step: Callable[[], None] = lambda: None,
 ) -> list[Episode]:
-    """`responses_per_prompt` responses of the policy to each prompt, one prompt's side by side."""
+    """`responses_per_prompt` responses of the policy to each prompt, one prompt's side by side. `on_step` is called
+    before each token; it may raise."""
     asked = [(group, prompt) for group, prompt in enumerate(prompts) for _ in range(responses_per_prompt)]
     numbers = list(range(update * len(asked), (update + 1) * len(asked)))
     uniforms_BT = keyed_uniforms(seed, purpose, update, numbers, sampling.max_response_length)
     with model.role(POLICY):
         ids = [prompt.ids for _, prompt in asked]
-        responses = generate(model, codec, ids, sampling=sampling, uniforms_BT=uniforms_BT)
+        responses = generate(model, codec, ids, sampling=sampling, uniforms_BT=uniforms_BT, on_step=on_step)
     return [
         Episode(prompt.ids, r.ids, r.has_eos, r.logprobs, text_of(prompt.messages), group)
         for (group, prompt), r in zip(asked, responses, strict=True)
@@ -107,12 +109,15 @@ def look(
     micro_batch_size: int,
     temperature: float,
     pad_id: int,
+    on_step: Callable[[], None] = lambda: None,
 ) -> Rollout:
-    """Compose the micro-batches and let policy, reference, reward sources and critic each look at them."""
+    """Compose the micro-batches and let policy, reference, reward sources and critic each look at them. `on_step` is
+    called before each of them; it may raise."""
     lengths = [len(e.prompt_ids) + len(e.response_ids) for e in episodes]
     micro_batches: list[MicroBatch] = []
     gaps: list[Tensor] = []
     for group in length_sorted_batches(lengths, micro_batch_size):
+        on_step()
         chosen = [episodes[i] for i in group]
         batch = collate(chosen, pad_id=pad_id, device=model.device)
         with model.role(POLICY):

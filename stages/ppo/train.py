@@ -38,13 +38,13 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
     checkpoints = StageCheckpoints(config.checkpoints, context)
     first_update, kept = _resume(checkpoints, actor_critic, shaper, guard)
     frozen = {name: model.checksum(name) for name in parts.frozen}
-    if first_update == 0 and guard.is_due(0):
-        tracker.log(0, guard.look(actor_critic, model, update=0))
+    if config.guard.every is not None and not guard.best:  # or the guard was allowed on the way
+        tracker.log(first_update, guard.look(actor_critic, model, update=first_update))
 
     state = partial(_state, actor_critic, shaper, guard, kept)
     reason, step = None, first_update
     for update in range(first_update, config.updates):
-        checkpoints.stop_if_asked(update, state)
+        stop_if_asked = partial(checkpoints.stop_if_asked, update, state)  # until something moves, in the update
         clock = [time.perf_counter()]
         rate = actor_critic.set_learning_rate(update, config.updates)
         tracker.progress(update, config.updates, f"update {update + 1}")
@@ -60,6 +60,7 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
             seed=context.seed,
             update=update,
             responses_per_prompt=responses,
+            on_step=stop_if_asked,
         )
         clock.append(time.perf_counter())
 
@@ -72,9 +73,9 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
             micro_batch_size=context.part_of(config.loss.micro_batch_size),
             temperature=parts.sampling.temperature,
             pad_id=parts.codec.pad_id,
+            on_step=stop_if_asked,
         )
         clock.append(time.perf_counter())
-        checkpoints.stop_if_asked(update, state)  # nothing has moved yet
         if update == 0:
             kept["first_step_kl"] = _verify_policy_is_reference(rollout, model)
 

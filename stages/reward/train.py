@@ -135,7 +135,7 @@ def sample_answers(inputs: RewardInputs, codec: Codec, context: StageContext) ->
     ids = [prompt.ids for prompt in prompts[:_STATISTICS_PROMPTS]]
     uniforms = keyed_uniforms(context.seed, "statistics", 0, list(range(len(ids))), sampling.max_response_length)
     with model.role(SFT):
-        responses = generate(model, codec, ids, sampling=sampling, uniforms_BT=uniforms)
+        responses = generate(model, codec, ids, sampling=sampling, uniforms_BT=uniforms, on_step=context.stop_if_asked)
     return [Episode(p, r.ids, r.has_eos) for p, r in zip(ids, responses, strict=True)]
 
 

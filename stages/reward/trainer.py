@@ -20,7 +20,7 @@ from align.context import StageContext
 from align.errors import InvariantError
 from align.restore import lent
 from data.tokenization import Codec
-from stages.continuation import TrainerCheckpoints, tokens_before
+from stages.continuation import TrainerCheckpoints, tokens_before, verify_epochs
 from stages.reward import objective
 from stages.reward.evidence import Evidence, Labels, collate_rows
 from stages.reward.scorer import Member, score, scorer_on_trunk
@@ -164,6 +164,7 @@ class Members:
             if start is not None and number < len(done):
                 for name, tensor in self._tensors(member).items():
                     tensor.data.copy_(start.groups[member.name][name])
+                verify_epochs("reward.epochs", start.state["epochs"], self._config.epochs)
                 training = Training(**done[number])
             else:
                 training = self._train(member, start if number == len(done) else None)
@@ -184,7 +185,8 @@ class Members:
 
     def _state(self) -> tuple[Groups, State]:
         groups = {member.name: self._tensors(member) for member, _ in self._finished}
-        return groups, {"finished": [asdict(training) for _, training in self._finished]}
+        finished = [asdict(training) for _, training in self._finished]
+        return groups, {"finished": finished, "epochs": self._config.epochs}
 
     def _train(self, member: Member, start: Checkpoint | None) -> Training:
         """Let RewardTrainer train the member's adapter, which is there already, and its head."""
@@ -209,7 +211,7 @@ class Members:
                 settings=config.early_stopping,
                 log=lambda step, loss: tracker.log(step, {f"{member.name}/held_out_loss": loss}),
             )
-            if start is not None:
+            if start is not None and config.early_stopping.every is not None:
                 best.restore(start)
             report = ReportToTracker(tracker, member.name, tokens_before=tokens_before(start))
             kept = TrainerCheckpoints(

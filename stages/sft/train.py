@@ -18,7 +18,7 @@ from align.errors import InvariantError
 from align.restore import lent
 from data.batching import length_sorted_batches
 from data.tokenization import TokenizedDemonstration, encode_demonstrations
-from stages.continuation import TrainerCheckpoints, tokens_before
+from stages.continuation import TrainerCheckpoints, tokens_before, verify_epochs
 from stages.sft.objective import negative_log_likelihood
 from stages.trainer import ReportToTracker, trainer_arguments
 
@@ -44,23 +44,30 @@ def run_sft(config: SFTConfig, inputs: SFTInputs, context: StageContext) -> Stag
     checkpoints = StageCheckpoints(config.checkpoints, context)
     start = checkpoints.resume()
 
+    def on_progress(done: int, total: int) -> None:
+        context.stop_if_asked()
+        tracker.progress(done, total, "held-out NLL")
+
     def measure() -> float:
         return held_out_nll(
             model,
             held_out,
             batch_size=context.part_of(config.micro_batch_size),
             pad_id=codec.pad_id,
-            on_progress=lambda done, total: tracker.progress(done, total, "held-out NLL"),
+            on_progress=on_progress,
         )
 
     nll_before = measure() if start is None else start.state["nll_before"]
     if start is not None and "steps" in start.state:  # it was trained, and stopped while it was measured
+        verify_epochs("sft.epochs", start.state["epochs"], config.epochs)
         for name, tensor in model.tensors(SFT).items():
             tensor.data.copy_(start.groups[SFT][name])
         steps = int(start.state["steps"])
     else:
         steps = train_adapter(train, config, context, checkpoints, start, nll_before)
-        checkpoints.save(steps, {SFT: model.tensors(SFT)}, {"nll_before": nll_before, "steps": steps})
+        checkpoints.save(
+            steps, {SFT: model.tensors(SFT)}, {"nll_before": nll_before, "steps": steps, "epochs": config.epochs}
+        )
     nll_after = measure()
 
     artifact = write_directory(

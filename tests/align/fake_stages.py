@@ -14,7 +14,7 @@ import torch
 
 from align.artifacts import Artifact, write_directory
 from align.context import StageContext, StageResult
-from align.errors import InvariantError
+from align.errors import InvariantError, StorageError
 from align.stopping import is_asked_to_stop
 
 
@@ -109,6 +109,11 @@ def ending_once_asked_to_stop(config: Any, inputs: Any, context: StageContext) -
     while not is_asked_to_stop(context.folder.parent):
         time.sleep(0.05)
     return fake_reward(config, inputs, context)
+
+
+def failing_once_asked_to_stop(config: Any, inputs: Any, context: StageContext) -> StageResult:
+    ending_once_asked_to_stop(config, inputs, context)
+    raise StorageError("no room")
 
 
 def deaf(config: Any, inputs: Any, context: StageContext) -> StageResult:

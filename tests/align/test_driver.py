@@ -16,6 +16,7 @@ import align.cluster
 import align.driver
 from align import settings
 from align.artifacts import read_json
+from align.cluster import Cluster
 from align.driver import run_pipeline
 from align.errors import (
     AlignError,
@@ -393,6 +394,45 @@ def test_a_stage_that_does_not_stop_is_ended(folder: Path, ray_cluster: None) ->
         run(folder, change=change)
     assert not (run_of(folder) / "reward" / "result.json").exists()
     assert [path.name for path in run_of(folder).glob("**/.*.tmp")] == []
+
+
+def test_a_stage_that_fails_as_it_is_stopped_is_told_of(folder: Path, ray_cluster: None) -> None:
+    display = Recorder()
+    change = {"reward": fake_stages.failing_once_asked_to_stop}
+    with interrupted_once((run_of(folder) / "reward" / "waiting").exists), pytest.raises(StoppedError):
+        run(folder, display=display, change=change)
+    assert any("warning: reward failed as it was stopped: no room" in note for note in display.notes)
+
+
+def test_a_reader_that_is_gone_does_not_keep_a_stage_from_being_asked_to_stop(folder: Path, ray_cluster: None) -> None:
+    class Gone(Recorder):
+        def note(self, text: str) -> None:
+            raise BrokenPipeError
+
+    change = {"reward": fake_stages.ending_once_asked_to_stop}
+    with interrupted_once((run_of(folder) / "reward" / "waiting").exists), pytest.raises(StoppedError):
+        run(folder, display=Gone(), change=change)
+    assert (run_of(folder) / "reward" / "result.json").exists()
+
+
+def test_a_worker_that_dies_while_it_loads_is_started_anew(
+    folder: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, display = Cluster.start, Recorder()
+    deaths = 1
+
+    def start(cluster: Cluster) -> None:
+        nonlocal deaths
+        own(cluster)
+        if deaths:
+            deaths -= 1
+            raise WorkerDiedError("the worker died (loading the base model)")
+
+    monkeypatch.setattr(Cluster, "start", start)
+    run(folder, stage="sft", display=display)
+    assert (
+        "(loading the base model); a new one (1 of cluster.max_failures 3), and goes on from the" in display.notes[-1]
+    )
 
 
 def test_the_way_to_go_on_names_the_changes_that_were_allowed(folder: Path, ray_cluster: None) -> None:

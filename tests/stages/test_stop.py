@@ -8,15 +8,17 @@ from typing import Any
 import pytest
 import transformers
 
+import align.slots
+import stages.ppo.rollout
 import stages.ppo.train
 import stages.sft.train
 from align.artifacts import newest_whole
 from align.context import StageResult
-from align.errors import InvariantError, StoppedError
+from align.errors import InvariantError, StoppedError, UsageError
 from align.stopping import ask_to_stop, forget_stop
 from stages.ppo.train import run_ppo
 from tests.resident import resident
-from tests.stages.scenes import context_of, hashes_of, metrics_of, ppo_config, ppo_inputs
+from tests.stages.scenes import context_of, hashes_of, metrics_of, ppo_config, ppo_inputs, prompts
 from tests.stages.test_continuation import SMALL, reward, sft
 
 NEVER = {"every": None, "every_minutes": None}
@@ -99,9 +101,13 @@ def test_one_that_has_done_nothing_since_its_resume_keeps_its_checkpoint(
     assert hashes_of(root / "sft") == hashes_of(tmp_path / "whole" / "sft")
 
 
-@pytest.mark.parametrize(("owner", "name"), [(stages.ppo.train, "generate_episodes"), (stages.ppo.train, "look")])
+# Of an update the 2 batches of 4 prompts with up to 6 tokens each, and the 4 micro-batches that are looked at
+@pytest.mark.parametrize(
+    ("owner", "name", "count"),
+    [(stages.ppo.train, "generate_episodes", 3), (stages.ppo.rollout, "collate", 10), (align.slots.Slots, "enter", 6)],
+)
 def test_ppo_is_stopped_before_anything_of_the_next_update_has_moved(
-    owner: Any, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    owner: Any, name: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = ppo_config(updates=4, checkpoints=NEVER, kl={"controller": "adaptive"})
 
@@ -110,7 +116,7 @@ def test_ppo_is_stopped_before_anything_of_the_next_update_has_moved(
 
     ppo(tmp_path / "whole")
     root = tmp_path / "stopped"
-    assert stopped(3, owner, name, lambda: ppo(root), root, monkeypatch) == 2
+    assert stopped(count, owner, name, lambda: ppo(root), root, monkeypatch) == 2
     ppo(root, resume=True)
     assert hashes_of(root / "ppo") == hashes_of(tmp_path / "whole" / "ppo")
 
@@ -185,6 +191,40 @@ def test_a_kl_coefficient_that_was_changed_on_the_way_is_the_one_that_is_gone_on
     found = [line["objective/kl_coefficient"] for line in metrics_of(tmp_path / "ppo")]
     assert found[0] == 0.05
     assert found[2] == 0.5
+
+
+def test_a_guard_that_was_allowed_on_the_way_begins_with_a_look(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = replace(ppo_inputs(tmp_path), held_out=prompts(4))
+
+    def ppo(*, resume: bool = False, **sections: Any) -> StageResult:
+        config = ppo_config(updates=4, checkpoints=NEVER, **sections)
+        return run_ppo(config, inputs, context_of(resident(), tmp_path, "ppo", resume=resume))
+
+    stopped(3, stages.ppo.train, "generate_episodes", ppo, tmp_path, monkeypatch)
+    result = ppo(resume=True, guard={"every": 50, "prompts": 4, "max_kl": 1e-9})
+    assert result.metrics["kept_update"] == 2
+    assert [line["step"] for line in metrics_of(tmp_path / "ppo") if "guard/score" in line] == [2]
+
+
+@pytest.mark.parametrize("stage", [sft, reward])
+def test_other_epochs_for_a_training_that_has_ended_are_refused(
+    stage: Callable[..., StageResult], tmp_path: Path
+) -> None:
+    stage(tmp_path)
+    name = "sft" if stage is sft else "reward"
+    with pytest.raises(UsageError, match=rf"{name}\.epochs: a training of 3 epochs has ended; for 5 start .*--fresh"):
+        stage(tmp_path, resume=True, epochs=5)
+
+
+def test_early_stopping_that_was_allowed_to_end_no_longer_puts_its_best_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: dict[str, Any] = {"early_stopping": {"every": 1, "patience": 99}, "checkpoints": NEVER}
+    run = lambda: reward(tmp_path, **looks)  # noqa: E731
+    stopped(6, transformers.Trainer, "training_step", run, tmp_path, monkeypatch)
+    assert reward(tmp_path, resume=True, checkpoints=NEVER).metrics["kept_step"] == 9
 
 
 def test_minibatches_that_would_leave_episodes_out_are_refused(tmp_path: Path) -> None:
