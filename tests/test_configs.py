@@ -110,6 +110,8 @@ class WorkerInThisProcess:
 
     def start(self) -> None: ...
 
+    def end_if_stopped(self) -> None: ...
+
     def run(self, call: StageCall) -> Outcome:
         self._model.reset()
         tracker = Tracker(call.folder, stage=call.step)
