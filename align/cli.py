@@ -1,13 +1,14 @@
 """The command line. Each command imports what it needs when it runs, so that `align check` stays fast."""
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Generator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
@@ -31,13 +32,21 @@ def _one_message() -> Generator[None]:
     try:
         yield
     except AlignError as error:
-        from align.show import printable  # it may quote a row or a response
-
-        print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
-        raise typer.Exit(error.exit_code) from None
+        _end_with(str(error), error.exit_code)
     except KeyboardInterrupt:
-        print("error: stopped", file=sys.stderr, flush=True)
-        raise typer.Exit(StoppedError.exit_code) from None
+        _end_with("stopped", StoppedError.exit_code)
+
+
+def _end_with(message: str, exit_code: int) -> NoReturn:
+    from align.show import printable  # it may quote a row or a response
+
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"error: {printable(message)}\n")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except BrokenPipeError:  # the reader is gone, as `tee` is after Ctrl-C: the exit code is what is left to say
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    raise typer.Exit(exit_code) from None
 
 
 def _ours_only() -> None:

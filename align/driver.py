@@ -222,7 +222,8 @@ def run_to_its_end(
         except WorkerDiedError as error:
             failures += 1
             if failures > max_failures:
-                raise WorkerDiedError(f"{error}. Continue with: {again}") from None
+                next_time = f"Continue with: {again}" if has_begun or call.resume else "Nothing was changed: run again"
+                raise WorkerDiedError(f"{error}. {next_time}") from None
             said = f"{error}; a new one ({failures} of cluster.max_failures {max_failures})"
         checkpoint = newest_whole(call.folder / "checkpoints")[0] if has_begun or call.resume else None
         where = "from the step's beginning" if checkpoint is None else f"after update {checkpoint.step}"

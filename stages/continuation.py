@@ -158,7 +158,8 @@ def verify_epochs(key: str, then: float, now: float) -> None:
     """Of a training that has ended. UsageError if others are asked for now: they would have no effect."""
     if then != now:
         raise UsageError(
-            f"{key}: a training of {then:g} epochs has ended; for {now:g} start the stage anew with --fresh"
+            f"{key}: a training of {then:g} epochs has ended; for {now:g} start the stage anew with --fresh, or put "
+            f"{key}={then:g} back (--resume --allow-change {key})"
         )
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -102,3 +103,29 @@ def test_status_says_how_far_a_run_is(tmp_path: Path) -> None:
     content = json.loads(align("status", tmp_path, "--json").stdout)
     assert content["status"]["metrics"] == {"loss": 0.25}
     assert 0 < content["seconds_left"] <= 20
+
+
+@pytest.mark.parametrize("broken", ["stdout", "stderr", "both"])
+def test_a_reader_that_is_gone_does_not_change_the_exit_code(broken: str, tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = (
+        f"import sys; sys.path.append({str(ROOT)!r}); from align.cli import main\n"
+        "sys.stdout.write('said before')\n"
+        "main()"
+    )
+    stdout, stderr = (writing if broken in (name, "both") else subprocess.PIPE for name in ("stdout", "stderr"))
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    finished = subprocess.run(
+        [sys.executable, "-c", code, "status", str(tmp_path)],
+        stdout=stdout,
+        stderr=stderr,
+        env=buffered,
+        check=False,
+        text=True,
+    )
+    os.close(writing)
+    assert finished.returncode == 2
+    if broken == "stdout":
+        assert finished.stderr.startswith("error: ")
+        assert finished.stderr.count("\n") == 1

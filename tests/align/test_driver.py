@@ -389,9 +389,10 @@ def test_what_a_stage_ends_with_as_the_run_is_stopped_is_kept(folder: Path, ray_
 
 
 def test_a_stage_that_does_not_stop_is_ended(folder: Path, ray_cluster: None) -> None:
-    change = {"reward": fake_stages.deaf}
+    change, display = {"reward": fake_stages.deaf}, Recorder()
     with interrupted_once((run_of(folder) / "reward" / "waiting").exists), pytest.raises(StoppedError):
-        run(folder, change=change)
+        run(folder, change=change, display=display)
+    assert display.notes[-1].startswith("warning: reward did not come to a place to stop at")
     assert not (run_of(folder) / "reward" / "result.json").exists()
     assert [path.name for path in run_of(folder).glob("**/.*.tmp")] == []
 

@@ -9,11 +9,13 @@ import torch
 from align.config import EvaluationConfig, RewardsConfig
 from align.context import EvaluationInputs
 from align.episodes import Episode, collate, policy_pass, score_pass
+from align.errors import StoppedError
 from align.evaluation.gold import NLL_BAND, base_nll, gold_score, repetition
 from align.evaluation.run import Answers, compare, distinct_2, run_evaluation
 from align.generation import generate
 from align.heads import load_head
 from align.randomness import keyed_uniforms
+from align.stopping import ask_to_stop
 from data.tokenization import encode_prompt
 from tests.resident import logits_of, resident, with_adapters
 from tests.stages.scenes import SAMPLING, context_of, ppo_inputs
@@ -97,6 +99,12 @@ def evaluated(root: Path, policy: str) -> Mapping[str, object]:
     inputs = EvaluationInputs(made.sft, adapter, made.reward_models, RewardsConfig(), made.prompts, SAMPLING)
     config = EvaluationConfig(prompts=4, samples=3, gold="sentiment", show=2)
     return run_evaluation(config, inputs, context_of(resident(), root, "evaluation")).metrics
+
+
+def test_it_ends_when_it_is_asked_to_stop(tmp_path: Path) -> None:
+    ask_to_stop(tmp_path)
+    with pytest.raises(StoppedError):
+        evaluated(tmp_path, "sft")
 
 
 def test_a_policy_that_is_sft_answers_the_same_and_gains_nothing(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ SIZES = (
     *("ppo.updates=12", "ppo.checkpoints.every=1", "adapters.dropout=0.1"),
 )
 # The same run with checkpoints so rare that none comes by itself: what is there has been saved by the stop
-RARE = ("sft.checkpoints.every=null", "reward.checkpoints.every=null")
+RARE = tuple(f"{stage}.checkpoints.every=null" for stage in STAGES)
 # Of the quickstart, whose default is every 5 minutes, so that what is killed is continued
 SOME = ("sft.checkpoints.every=5", "reward.checkpoints.every=5")
 AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")

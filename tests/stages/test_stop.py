@@ -50,12 +50,13 @@ def ensemble(root: Path, **settings: Any) -> StageResult:
     return reward(root, ensemble=2, early_stopping={"every": 1, "patience": 3}, **settings)
 
 
-# Each epoch has two steps of two micro-batches and one of one. Asked for in the micro-batch of this number, which ends
+# Each epoch has two steps of two micro-batches and one of one. Asked for in the micro-batch of this number, which ends;
+# after the last one it is measured
 @pytest.mark.parametrize(
     ("stage", "micro_batch", "finished"),
     [
-        *((sft, 1, 0), (sft, 3, 1), (sft, 4, 2), (sft, 5, 3), (sft, 14, 8)),
-        *((reward, 3, 1), (reward, 6, 3), (ensemble, 6, 3)),
+        *((sft, 1, 0), (sft, 3, 1), (sft, 4, 2), (sft, 5, 3), (sft, 14, 8), (sft, 15, 9)),
+        *((reward, 3, 1), (reward, 6, 3), (reward, 15, 9), (ensemble, 6, 3)),
     ],
 )
 def test_what_trl_trains_is_stopped_after_its_last_finished_step_and_ends_with_the_same_bytes(
@@ -116,7 +117,17 @@ def test_ppo_is_stopped_before_anything_of_the_next_update_has_moved(
 
     ppo(tmp_path / "whole")
     root = tmp_path / "stopped"
-    assert stopped(count, owner, name, lambda: ppo(root), root, monkeypatch) == 2
+    own, looks = stages.ppo.train.look, 0
+
+    def look(*args: Any, **kwargs: Any) -> Any:
+        nonlocal looks
+        looks += 1
+        return own(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stages.ppo.train, "look", look)
+        assert stopped(count, owner, name, lambda: ppo(root), root, patch) == 2
+    assert looks == (3 if name == "collate" else 2)  # what is asked for in the rollout is heeded there
     ppo(root, resume=True)
     assert hashes_of(root / "ppo") == hashes_of(tmp_path / "whole" / "ppo")
 
@@ -214,7 +225,7 @@ def test_other_epochs_for_a_training_that_has_ended_are_refused(
 ) -> None:
     stage(tmp_path)
     name = "sft" if stage is sft else "reward"
-    with pytest.raises(UsageError, match=rf"{name}\.epochs: a training of 3 epochs has ended; for 5 start .*--fresh"):
+    with pytest.raises(UsageError, match=rf"{name}\.epochs: a training of 3 epochs has ended; for 5 .*--fresh"):
         stage(tmp_path, resume=True, epochs=5)
 
 
