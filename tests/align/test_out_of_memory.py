@@ -1,3 +1,5 @@
+import re
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -38,5 +40,14 @@ def test_the_remedy_names_settings_that_there_are(step: str, tmp_path: Path) -> 
     stage = "ppo" if step == "evaluation" else step
     assert stage in said
     assert said.endswith("align run small.yaml --resume --allow-change KEY")
-    checkpointing = next(word for word in said.split() if "gradient_checkpointing" in word)
-    settings.load(tmp_path / "small.yaml", [checkpointing.strip(",")])
+    said = said.replace("small.yaml", "")
+    named = [word.strip(",") for word in said.split() if re.match(r"[a-z]+\.[a-z]", word)]
+    config = settings.load(tmp_path / "small.yaml", [])
+    for word in named:
+        key, _, value = word.partition("=")
+        if value:
+            settings.load(tmp_path / "small.yaml", [f"{key}={value}"])
+        else:
+            attrgetter(key)(config)
+    assert any("gradient_checkpointing" in word for word in named) == (step != "evaluation")
+    assert ("ppo.rollout.batch_size" in named) == (step != "sft")
