@@ -123,7 +123,7 @@ def test_a_base_that_does_not_fit_ends_the_run_with_what_to_change(
 
 def test_nothing_of_a_ray_of_our_own_listens_beyond_this_machine(tmp_path: Path) -> None:
     program = """
-import os, socket, sys
+import os
 from align.cluster import connect
 from tests.shell import descendants
 assert connect("local")

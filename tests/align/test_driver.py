@@ -331,9 +331,8 @@ def test_a_stopped_ppo_is_resumed_or_discarded_as_asked_and_goes_on_in_a_job(
     assert run(folder, stage="ppo", fresh=True)["ppo"] == {"first_update": 0}
 
 
-def test_a_second_interrupt_ends_at_once_whatever_the_first_is_still_tidying_up() -> None:
-    program = """
-import time
+_TIDYING_UP = """
+import sys, time
 from align.driver import heard_signals
 with heard_signals():
     try:
@@ -341,40 +340,29 @@ with heard_signals():
         time.sleep(600)
     finally:
         print("tidying up", flush=True)
-        time.sleep(600)
+        time.sleep(float(sys.argv[1]))
+        print("tidy", flush=True)
 """
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, preexec_fn=hear_interrupts
-    )
-    with process:
+
+
+def signalled_twice(number: signal.Signals, *, seconds_to_tidy_up: float) -> tuple[str, int]:
+    """At work, and then while it tidies up; what is said after that, and the exit code."""
+    command = [sys.executable, "-c", _TIDYING_UP, str(seconds_to_tidy_up)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=hear_interrupts) as process:
         assert process.stdout is not None
         for said in ("up", "tidying up"):
             assert process.stdout.readline().strip() == said
-            process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=60) == 130
+            process.send_signal(number)
+        code = process.wait(timeout=60)
+        return process.stdout.read().strip(), code
+
+
+def test_a_second_interrupt_ends_at_once_whatever_the_first_is_still_tidying_up() -> None:
+    assert signalled_twice(signal.SIGINT, seconds_to_tidy_up=600) == ("", 130)
 
 
 def test_a_second_sigterm_does_not_break_off_the_good_order() -> None:
-    program = """
-import time
-from align.driver import heard_signals
-with heard_signals():
-    try:
-        print("up", flush=True)
-        time.sleep(600)
-    finally:
-        print("tidying up", flush=True)
-        time.sleep(2)
-        print("tidy", flush=True)
-"""
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    with process:
-        assert process.stdout is not None
-        for said in ("up", "tidying up"):
-            assert process.stdout.readline().strip() == said
-            process.send_signal(signal.SIGTERM)
-        assert process.stdout.readline().strip() == "tidy"
-        assert process.wait(timeout=60) == 143
+    assert signalled_twice(signal.SIGTERM, seconds_to_tidy_up=2) == ("tidy", 143)
 
 
 def test_what_a_stage_ends_with_as_the_run_is_stopped_is_kept(folder: Path, ray_cluster: None) -> None:
