@@ -26,8 +26,9 @@ $(STAMP): pyproject.toml .ci/constraints.txt Makefile
 quickstart: venv ## align SmolLM2-135M: SFT, reward model and PPO, with a table of what changed
 	$(BIN)/align run configs/quickstart.yaml
 
+# Two processes side by side, whole files in each, those with the longest tests first.
 test: venv ## the tests that need no GPU and little time
-	$(BIN)/pytest -m "not gpu and not slow"
+	$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not gpu and not slow" tests/test_*.py tests/[a-z]*/
 
 test-gpu: venv ## the tests that need a GPU
 	$(BIN)/pytest -m gpu

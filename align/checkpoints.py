@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,6 @@ from align.artifacts import (
 from align.config import BestCheckpointsConfig, CheckpointsConfig
 from align.context import StageContext
 from align.errors import ArtifactError
-from align.stopping import is_asked_to_stop
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +60,7 @@ def environment() -> dict[str, object]:
     }
 
 
+@cache
 def _cpu() -> str:
     """Its model and what it can do, where the system says that: kernels are chosen by more than AVX."""
     try:
@@ -208,9 +209,12 @@ class StageCheckpoints:
         Raises:
             StoppedError: the driver has asked for it; the step is on the disk.
         """
-        if step != self._saved_step and is_asked_to_stop(self._context.folder.parent):
-            self.save(step, *content())
-        self._context.stop_if_asked()
+
+        def save() -> None:
+            if step != self._saved_step:
+                self.save(step, *content())
+
+        self._context.stop_if_asked(save)
 
     def resume(self) -> Checkpoint | None:
         """What the stage continues from, the logs put back to where they were then; None if it starts anew."""

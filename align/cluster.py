@@ -1,20 +1,16 @@
 """Ray: connect, place the one worker, run calls on it, and say in plain words what went wrong."""
 
-import logging
-import os
-import pickle
 import re
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from align.artifacts import write_text
 from align.config import BaseModelConfig, ClusterConfig, Config
+from align.connection import condense, connect
 from align.errors import (
     AlignError,
     OutOfMemoryError,
@@ -24,20 +20,14 @@ from align.errors import (
     WorkerDiedError,
     WorkerError,
 )
-from align.installation import verify_worker
 from align.messages import last_words
 from align.stopping import ask_to_stop
 from align.worker import Outcome, StageCall, Worker
 
-ItemT = TypeVar("ItemT")
-ResultT = TypeVar("ResultT")
-_OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray of our own: only the records pass through it
 _POLL_SECONDS = 0.3
 _STOP_SECONDS = 5.0  # that a stage has to save what it has done; with Ray's own end it stays below ten
 _DEATH_SECONDS = 2.0
 _WITHOUT_A_WORD = " It left no word, as when the system ends what takes too much memory (then dmesg says so)."
-_SLOW_START = "timed out during startup"  # Ray's own limit, 30 s and fixed: one more try helps on a busy machine
-_IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entrypoint of a submitted job
 
 
 @dataclass(frozen=True)
@@ -46,10 +36,6 @@ class Resources:
 
     cpus: int
     gpus: int
-
-
-def is_in_ray_job() -> bool:
-    return _IN_JOB in os.environ
 
 
 def resources_to_ask(cluster: ClusterConfig, base: BaseModelConfig, nodes: Sequence[Resources]) -> Resources:
@@ -195,7 +181,7 @@ class Cluster:
             cause = getattr(error, "cause", error)
             if not isinstance(cause, StoppedError):
                 self._say(
-                    f"warning: {doing} failed as it was stopped: {_condense(cause)} (all of it: {self._save(error)})"
+                    f"warning: {doing} failed as it was stopped: {condense(cause)} (all of it: {self._save(error)})"
                 )
             raise stop from None
         self._stop = stop
@@ -266,7 +252,7 @@ class Cluster:
             said = last_words(self._run)
             own = f" Its last words: {said}" if said else _WITHOUT_A_WORD
             raise WorkerDiedError(
-                f"the worker died ({doing}): {_condense(error)}{own} (all that Ray says: {saved})"
+                f"the worker died ({doing}): {condense(error)}{own} (all that Ray says: {saved})"
             ) from None
 
     def _save(self, error: Exception) -> str:
@@ -279,100 +265,6 @@ class Cluster:
         return str(path)
 
 
-def connect(address: str) -> bool:
-    """Whether the connection is ours to end; PlacementError if there is none."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")  # or SIGTERM in ray.init waits half a minute
-    if address == "local" and is_in_ray_job():
-        address = "auto"
-    is_own = address == "local"
-    if is_own:  # before Ray is imported, which reads it there: "no cluster of machines", so all listen on 127.0.0.1
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    import ray
-
-    if ray.is_initialized():
-        return False  # by whoever called us: theirs to choose, and to shut down
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    for attempt in (1, 2):
-        try:
-            ray.init(
-                address=address,
-                namespace="align",
-                object_store_memory=_OBJECT_STORE_BYTES if is_own else None,  # a running cluster has its own
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-            )
-            break
-        except Exception as error:  # Ray raises a bare one when its own node is slow to start
-            ray.shutdown()
-            if attempt == 1 and is_own and _SLOW_START in str(error):
-                continue
-            raise PlacementError(_no_connection(address, error, is_own=is_own)) from error
-    if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # in place of Ray's, which also prints a stack
-    return True
-
-
-def map_on_cluster(
-    function: Callable[[ItemT], ResultT], items: Sequence[ItemT], *, address: str, import_root: Path
-) -> Iterator[ResultT]:
-    """`function` of each item by Ray Data, wherever there is room; results as they come.
-
-    Raises:
-        PlacementError: there is no Ray.
-        AlignError: what `function` raised; WorkerError if it is none of ours, or a node was lost.
-    """
-    is_ours = connect(address)
-    import ray
-    from ray.data import DataContext
-    from ray.exceptions import RayError, RayTaskError
-
-    DataContext.get_current().enable_progress_bars = False
-    work = _Work(import_root, pickle.dumps(function), [pickle.dumps(item) for item in items])
-    try:
-        results = ray.data.range(len(items), override_num_blocks=len(items)).map(work)
-        for row in results.iter_rows():
-            result = pickle.loads(row["result"])
-            if isinstance(result, AlignError):
-                raise result
-            yield result
-    except RayTaskError as error:
-        raise WorkerError(f"failed on the cluster: {_condense(error)}") from None
-    except RayError as error:
-        raise WorkerError(f"a node of the cluster was lost: {_condense(error)}. Run again.") from None
-    finally:
-        if is_ours:
-            ray.shutdown()
-
-
-@dataclass(frozen=True)
-class _Work:
-    """Pickled twice, so that nothing of `data` is imported before our own packages are first on the path."""
-
-    import_root: Path
-    function: bytes
-    items: list[bytes]
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        verify_worker(self.import_root)
-        try:
-            result = pickle.loads(self.function)(pickle.loads(self.items[row["id"]]))
-        except AlignError as error:  # as a value: Ray Data would leave a string of it
-            result = error
-        return {"result": pickle.dumps(result)}
-
-
-def _no_connection(address: str, error: Exception, *, is_own: bool) -> str:
-    remedy = (
-        "Is the machine overloaded, or /tmp full? Run again."
-        if is_own
-        else "Start it (ray start --head), or use cluster.address=local for a Ray of this run's own."
-    )
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"cluster.address: {address!r}: no connection to Ray: {reason} {remedy}"
-
-
 def _living_nodes() -> list[Resources]:
     import ray
 
@@ -383,13 +275,7 @@ def _as_resources(own: Mapping[str, float]) -> Resources:
     return Resources(cpus=int(own.get("CPU", 0)), gpus=int(own.get("GPU", 0)))
 
 
-def _condense(error: Exception) -> str:
-    """Ray's cause without its table of ids and its list of guesses."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("\t")]
-    return re.split(r" (?:Some common|There are some potential root) causes", " ".join(lines))[0]
-
-
 def _memory_seen(error: Exception) -> str:
     """Of the page that Ray's memory monitor writes, how full the node was."""
     found = re.search(r"was (\S+ used / \S+) limit", str(error))
-    return f"Ray ended the worker, its node had {found[1]}" if found else _condense(error)
+    return f"Ray ended the worker, its node had {found[1]}" if found else condense(error)

@@ -1,7 +1,7 @@
 """What a stage is given and gives back: the few shared handles, the records of inputs, the record of results."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,9 +50,10 @@ class StageContext:
     rank: int = 0
     world_size: int = 1
 
-    def stop_if_asked(self) -> None:
-        """StoppedError if the driver has asked for it: to be called where nothing is lost by it."""
+    def stop_if_asked(self, save: Callable[[], None] = lambda: None) -> None:
+        """StoppedError if the driver has asked for it, once `save` has kept what else would be lost."""
         if is_asked_to_stop(self.folder.parent):
+            save()
             raise StoppedError(f"{self.folder.name} stopped as it was asked to")
 
     def part_of(self, batch_size: int) -> int:

@@ -1,36 +1,33 @@
 """The driver: reads the data, decides step by step what is to be done, and has the worker do it."""
 
-import os
 import shlex
-import signal
-import threading
-import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Protocol
 
-from align.artifacts import Artifact, newest_whole, read_json, write_json, write_text
+from align.artifacts import Artifact, newest_whole, write_text
 from align.base import resolve_base
-from align.cluster import Cluster, is_in_ray_job
+from align.cluster import Cluster
 from align.config import Config
+from align.connection import is_in_ray_job
 from align.errors import (
     AlignError,
-    ArtifactError,
     OutOfMemoryError,
     StoppedError,
     TerminatedError,
     UsageError,
     WorkerDiedError,
 )
-from align.handover import FinishedStep, begin, build_inputs, current_results, gather, read_finished, write_finished
+from align.handover import FinishedStep, begin, build_inputs, gather, read_finished, write_finished
 from align.installation import import_root, verify_current_folder
 from align.intake import StageData, parts_of_step, read_stage_data
 from align.messages import MessageReader
 from align.out_of_memory import micro_batch_size, next_split, to_need_less
 from align.pipeline import (
+    STEPS,
     Decision,
     Fingerprint,
     StepName,
@@ -45,10 +42,9 @@ from align.plan.forecast import forecast
 from align.settings import dump
 from align.sources import source_identities
 from align.status import Status, occupied, read_status, write_end
-from align.summary import summarize, write_lineage
+from align.stopping import heard_signals
+from align.summary import Journal
 from align.worker import Outcome, StageCall, StageFunction
-
-STEPS: tuple[StepName, ...] = ("sft", "reward", "ppo", "evaluation")
 
 
 class Display(Protocol):
@@ -252,45 +248,6 @@ def warn_of_stale(config: Config, first: StepName, *, run: Path, base_identity: 
             display.note(f"warning: {step} stands as it was run before, though since then {changed}")
 
 
-class Journal:
-    """Owns summary.json and lineage.json, rewritten after every step."""
-
-    def __init__(self, config: Config, run: Path, base_identity: str) -> None:
-        self._config = config
-        self._run = run
-        self._base_identity = base_identity
-        self._started = time.monotonic()
-        self._earlier_seconds = _earlier_seconds(run)
-        self._num_run = 0
-        self._resumed_seconds = 0.0
-        self.summary: dict[str, object] = {}
-
-    def count(self, outcome: Outcome) -> None:
-        """A step that this command has run, or has brought to its end."""
-        self._num_run += 1
-        self._resumed_seconds += outcome.resumed_seconds
-
-    def record(self) -> None:
-        finished = current_results(self._run, STEPS)
-        now = time.monotonic() - self._started + self._resumed_seconds
-        # Results of earlier commands bring the time that these took; what was run again is not counted twice.
-        is_whole = self._num_run == len(finished)
-        total = now if is_whole else self._earlier_seconds + (now if self._num_run else 0.0)
-        self.summary = summarize(
-            self._config, finished, base_identity=self._base_identity, total_seconds=round(total, 2)
-        )
-        write_json(self._run / "summary.json", self.summary)
-        write_lineage(self._run, finished)
-
-
-def _earlier_seconds(run: Path) -> float:
-    """Of a summary that is not there, or not whole, nothing: it is written anew."""
-    try:
-        return float(cast(Any, read_json(run / "summary.json"))["seconds"]["install_excluded_total"])
-    except (ArtifactError, KeyError, TypeError, ValueError):
-        return 0.0
-
-
 class Watch:
     """Owns what the driver has seen of a busy worker: its messages and its last status."""
 
@@ -311,29 +268,6 @@ class Watch:
         if status is not None and status != self._seen:
             self._seen = status
             self._display.progress(status)
-
-
-@contextmanager
-def heard_signals() -> Generator[None]:
-    """Ctrl-C and SIGTERM end what is inside in good order; a Ctrl-C after that ends the process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # where no signal comes
-        return
-
-    def end_at_once(number: int, frame: object) -> None:
-        os._exit(StoppedError.exit_code)
-
-    def end(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, end_at_once)
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or a second one would break off the good order
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(TerminatedError.exit_code)
-
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager

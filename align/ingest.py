@@ -11,10 +11,10 @@ from rich.console import RenderableType
 from rich.table import Table
 
 from align.base import load_codec
-from align.cluster import map_on_cluster
 from align.config import BaseModelConfig
 from align.driver import Display
 from align.errors import ModelError, UsageError
+from align.fan_out import map_on_cluster
 from align.installation import import_root
 from align.show import printable
 from align.status import Status

@@ -19,6 +19,7 @@ from align.errors import ArtifactError, UsageError
 from align.handover import FinishedStep, read_finished
 
 StepName = Literal["sft", "reward", "ppo", "evaluation"]
+STEPS: tuple[StepName, ...] = ("sft", "reward", "ppo", "evaluation")
 Fingerprint = Mapping[str, object]
 
 # What changes what a step keeps on its way, not what comes out.

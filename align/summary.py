@@ -1,16 +1,60 @@
 """summary.json and lineage.json, from the finished steps of a run."""
 
 import platform
+import time
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, cast
 
-from align.artifacts import Artifact, write_json
+from align.artifacts import Artifact, read_json, write_json
 from align.config import Config
-from align.handover import FinishedStep, changed_on_the_way
+from align.errors import ArtifactError
+from align.handover import FinishedStep, changed_on_the_way, current_results
+from align.pipeline import STEPS
+from align.worker import Outcome
 
 _SECTIONS = {"sft": "sft", "reward": "reward", "ppo": "ppo", "evaluation": "eval"}
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "ray", "datasets", "align")
+
+
+class Journal:
+    """Owns summary.json and lineage.json, rewritten after every step."""
+
+    def __init__(self, config: Config, run: Path, base_identity: str) -> None:
+        self._config = config
+        self._run = run
+        self._base_identity = base_identity
+        self._started = time.monotonic()
+        self._earlier_seconds = _earlier_seconds(run)
+        self._num_run = 0
+        self._resumed_seconds = 0.0
+        self.summary: dict[str, object] = {}
+
+    def count(self, outcome: Outcome) -> None:
+        """A step that this command has run, or has brought to its end."""
+        self._num_run += 1
+        self._resumed_seconds += outcome.resumed_seconds
+
+    def record(self) -> None:
+        finished = current_results(self._run, STEPS)
+        now = time.monotonic() - self._started + self._resumed_seconds
+        # Results of earlier commands bring the time that these took; what was run again is not counted twice.
+        is_whole = self._num_run == len(finished)
+        total = now if is_whole else self._earlier_seconds + (now if self._num_run else 0.0)
+        self.summary = summarize(
+            self._config, finished, base_identity=self._base_identity, total_seconds=round(total, 2)
+        )
+        write_json(self._run / "summary.json", self.summary)
+        write_lineage(self._run, finished)
+
+
+def _earlier_seconds(run: Path) -> float:
+    """Of a summary that is not there, or not whole, nothing: it is written anew."""
+    try:
+        return float(cast(Any, read_json(run / "summary.json"))["seconds"]["install_excluded_total"])
+    except (ArtifactError, KeyError, TypeError, ValueError):
+        return 0.0
 
 
 def summarize(

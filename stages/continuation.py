@@ -25,7 +25,7 @@ from stages.trainer import ReportToTracker
 
 
 @dataclass(frozen=True)
-class FinishedStep:
+class EndOfStep:
     """What of a trainer's step has to be taken as it ends. The rest stays as it is until the next one's."""
 
     trainer: State
@@ -60,7 +60,7 @@ class TrainerCheckpoints(TrainerCallback):
         self._steps_before = steps_before
         self._epoch_random: dict[str, Tensor] = {}  # random states as its epoch began, which its order comes from
         self._step = steps_before if self._start is None else self._start.step  # of the stage, the last finished one
-        self._last: FinishedStep | None = None  # of this process
+        self._last: EndOfStep | None = None  # of this process
         self._names: dict[Tensor, str] = {}
         self._optimizer: Any = None
         self._schedule: Any = None
@@ -126,7 +126,7 @@ class TrainerCheckpoints(TrainerCallback):
             return
         own, self._step = random_states(), self._steps_before + state.global_step
         epoch_random = own if _is_between_epochs(state) else self._epoch_random
-        self._last = FinishedStep(
+        self._last = EndOfStep(
             trainer=asdict(replace(state, log_history=[])),
             random={"random": own, "epoch_random": epoch_random},
         )
@@ -154,8 +154,9 @@ class TrainerCheckpoints(TrainerCallback):
         )
 
 
-def verify_epochs(key: str, then: float, now: float) -> None:
-    """Of a training that has ended. UsageError if others are asked for now: they would have no effect."""
+def verify_epochs(key: str, ended: State, now: float) -> None:
+    """`ended` is the state of a training that has. UsageError if it was of other epochs: these have no effect now."""
+    then = ended.get("epochs", now)
     if then != now:
         raise UsageError(
             f"{key}: a training of {then:g} epochs has ended; for {now:g} start the stage anew with --fresh, or put "

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # tests run side by side: threads that wait must not spin
 os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray reads it as it is imported: on 127.0.0.1 alone
 
 

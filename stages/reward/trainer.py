@@ -164,7 +164,7 @@ class Members:
             if start is not None and number < len(done):
                 for name, tensor in self._tensors(member).items():
                     tensor.data.copy_(start.groups[member.name][name])
-                verify_epochs("reward.epochs", start.state.get("epochs", self._config.epochs), self._config.epochs)
+                verify_epochs("reward.epochs", start.state, self._config.epochs)
                 training = Training(**done[number])
             else:
                 training = self._train(member, start if number == len(done) else None)

@@ -59,7 +59,7 @@ def run_sft(config: SFTConfig, inputs: SFTInputs, context: StageContext) -> Stag
 
     nll_before = measure() if start is None else start.state["nll_before"]
     if start is not None and "steps" in start.state:  # it was trained, and stopped while it was measured
-        verify_epochs("sft.epochs", start.state.get("epochs", config.epochs), config.epochs)
+        verify_epochs("sft.epochs", start.state, config.epochs)
         for name, tensor in model.tensors(SFT).items():
             tensor.data.copy_(start.groups[SFT][name])
         steps = int(start.state["steps"])

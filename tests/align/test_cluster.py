@@ -10,8 +10,9 @@ import torch
 
 import align.cluster
 from align import settings
-from align.cluster import Cluster, Resources, connect, explain_shortage, is_in_ray_job, resources_to_ask
+from align.cluster import Cluster, Resources, explain_shortage, resources_to_ask
 from align.config import BaseModelConfig, ClusterConfig
+from align.connection import connect, is_in_ray_job
 from align.errors import PlacementError, WorkerError
 from align.worker import _lack_of_memory_told  # pyright: ignore[reportPrivateUsage]
 from tests.align.recipe import write_recipe
@@ -124,7 +125,7 @@ def test_a_base_that_does_not_fit_ends_the_run_with_what_to_change(
 def test_nothing_of_a_ray_of_our_own_listens_beyond_this_machine(tmp_path: Path) -> None:
     program = """
 import os
-from align.cluster import connect
+from align.connection import connect
 from tests.shell import descendants
 assert connect("local")
 inodes = {}

@@ -333,7 +333,7 @@ def test_a_stopped_ppo_is_resumed_or_discarded_as_asked_and_goes_on_in_a_job(
 
 _TIDYING_UP = """
 import sys, time
-from align.driver import heard_signals
+from align.stopping import heard_signals
 with heard_signals():
     try:
         print("up", flush=True)

@@ -103,4 +103,4 @@ def test_nothing_of_ours_reads_pickles_but_what_ray_carries_between_its_own_proc
         for path in (ROOT / package).rglob("*.py")
         if reading.search(path.read_text(encoding="utf-8"))
     }
-    assert found == {"align/cluster.py"}
+    assert found == {"align/fan_out.py"}

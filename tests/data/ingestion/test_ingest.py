@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from align.artifacts import read_artifact
-from align.cluster import map_on_cluster
 from align.config import SourceConfig
 from align.errors import ArtifactError, DataError, InvariantError, UsageError
+from align.fan_out import map_on_cluster
 from align.installation import import_root
 from data.codec import make_codec
 from data.ingestion.find import IngestRequest

@@ -1,0 +1,68 @@
+"""The connection to Ray: a cluster of this process's own, or one that runs."""
+
+import logging
+import os
+import re
+import signal
+import threading
+
+from align.errors import PlacementError
+
+_OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray of our own: only the records pass through it
+_SLOW_START = "timed out during startup"  # Ray's own limit, 30 s and fixed: one more try helps on a busy machine
+_IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entrypoint of a submitted job
+
+
+def is_in_ray_job() -> bool:
+    return _IN_JOB in os.environ
+
+
+def connect(address: str) -> bool:
+    """Whether the connection is ours to end; PlacementError if there is none."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")  # or SIGTERM in ray.init waits half a minute
+    if address == "local" and is_in_ray_job():
+        address = "auto"
+    is_own = address == "local"
+    if is_own:  # before Ray is imported, which reads it there: "no cluster of machines", so all listen on 127.0.0.1
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    import ray
+
+    if ray.is_initialized():
+        return False  # by whoever called us: theirs to choose, and to shut down
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    for attempt in (1, 2):
+        try:
+            ray.init(
+                address=address,
+                namespace="align",
+                object_store_memory=_OBJECT_STORE_BYTES if is_own else None,  # a running cluster has its own
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
+            break
+        except Exception as error:  # Ray raises a bare one when its own node is slow to start
+            ray.shutdown()
+            if attempt == 1 and is_own and _SLOW_START in str(error):
+                continue
+            raise PlacementError(_no_connection(address, error, is_own=is_own)) from error
+    if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # in place of Ray's, which also prints a stack
+    return True
+
+
+def _no_connection(address: str, error: Exception, *, is_own: bool) -> str:
+    remedy = (
+        "Is the machine overloaded, or /tmp full? Run again."
+        if is_own
+        else "Start it (ray start --head), or use cluster.address=local for a Ray of this run's own."
+    )
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"cluster.address: {address!r}: no connection to Ray: {reason} {remedy}"
+
+
+def condense(error: Exception) -> str:
+    """Ray's cause without its table of ids and its list of guesses."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and not line.startswith("\t")]
+    return re.split(r" (?:Some common|There are some potential root) causes", " ".join(lines))[0]
