@@ -220,6 +220,10 @@ class AdaptedModel:
         own = [parameter for _, parameter, adapter in self._parameters if adapter == self._role[0]]
         return self._decoder.hidden(ids_BS, own, is_checkpointed=is_checkpointed)
 
+    def step(self, cache: object, windows: Sequence[object], **inputs: Tensor) -> Tensor:
+        """Last hidden states (B, 1, H) of one more token of two rows or more, by compiled layers (base.is_compiled)."""
+        return self._decoder.step(cache, windows, **inputs)
+
     @property
     def lm_head(self) -> LMHead:
         layer = cast(nn.Linear, self.base.model.get_output_embeddings())

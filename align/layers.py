@@ -1,6 +1,6 @@
 """How the passes of PPO call the decoder layers: plain, compiled, checkpointed, or not at all.
 
-All of it is a form that a layer's call takes while a pass runs; trainers and generation see the plain layers.
+All of it is a form that a layer's call takes while a pass runs; trainers and entering prompts see the plain layers.
 """
 
 from collections.abc import Callable, Generator, Sequence
@@ -23,7 +23,7 @@ class DecoderLayers:
     Compiled (torch.compile), a layer's norms, activations and sums become a few loops over memory instead of twenty.
     One graph serves all layers and batch shapes; compiling takes a minute or so once, and later runs find most of it
     in inductor's cache. The graph that learns runs without gradients too: two graphs round differently, and then the
-    first ratio is not 1. Each layer's part of it is then cut off and freed at once.
+    first ratio is not 1. Each layer's part of it is then cut off and freed at once. Decoding has a graph of its own.
 
     Layers below the first that carries an adapter say the same in every role and epoch. What the last of them said of
     a batch is kept as long as the tensor of its ids lives, and the next pass over it begins there.
@@ -67,6 +67,13 @@ class DecoderLayers:
             hidden_BSH = self._trunk(input_ids=ids_BS, use_cache=False).last_hidden_state
         return hidden_BSH if is_learning else hidden_BSH.detach()
 
+    def step(self, cache: object, windows: Sequence[object], **inputs: Any) -> Tensor:
+        """The trunk's last hidden states (B, 1, H) of one more token a row, compiled. In place of the cache each layer
+        finds its own of `windows`: tensors alone, so that neither a layer's number nor a column makes another graph."""
+        forms = [partial(_with, window, cache, call) for window, call in zip(windows, self._calls, strict=True)]
+        with self._called_as(forms):
+            return self._trunk(past_key_values=cache, use_cache=True, **inputs).last_hidden_state
+
     def _remember(self, ids_BS: Tensor, call: _Call, *args: Any, **kwargs: Any) -> Any:
         self._said[ids_BS] = call(*args, **kwargs)
         return self._said[ids_BS]
@@ -101,6 +108,12 @@ def _as_if_learning(own: Sequence[nn.Parameter], *, is_forced: bool) -> Generato
 
 def _repeat(said: Any, *_: Any, **__: Any) -> Any:
     return said
+
+
+def _with(window: object, cache: object, call: _Call, *args: Any, **kwargs: Any) -> Any:
+    """The call with the window wherever it was given the cache."""
+    own = [window if value is cache else value for value in args]
+    return call(*own, **{key: window if value is cache else value for key, value in kwargs.items()})
 
 
 def _cut_off(call: _Call, *args: Any, **kwargs: Any) -> Any:

@@ -7,6 +7,7 @@ window moves back to the left.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -96,14 +97,15 @@ class Slots:
         return min(self._starts)
 
     def _hidden(self, ids_BS: Tensor, is_token_BL: Tensor, position_ids_BS: Tensor) -> Tensor:
-        out = self._model.trunk(
-            input_ids=ids_BS,
-            attention_mask=is_token_BL,
-            position_ids=position_ids_BS,
-            past_key_values=self._cache,
-            use_cache=True,
-        )
-        return out.last_hidden_state[:, -1]
+        inputs = {"input_ids": ids_BS, "attention_mask": is_token_BL, "position_ids": position_ids_BS}
+        if self._model.base.is_compiled and self._entering is None and len(self) > 1:  # a single row has another graph
+            return self._model.step(self._cache, self._windows(), **inputs)[:, -1]
+        return self._model.trunk(past_key_values=self._cache, use_cache=True, **inputs).last_hidden_state[:, -1]
+
+    def _windows(self) -> "list[_Window]":
+        used, seen = slice(len(self)), slice(self._first, self._column + 1)
+        keys_and_values = [tensor[used, :, seen] for tensor in self._tensors]
+        return [_Window(*pair) for pair in zip(keys_and_values[::2], keys_and_values[1::2], strict=True)]
 
     def _move_back(self) -> None:
         """To where the oldest row begins in column 0, but leave room for the longest prompt to enter."""
@@ -117,7 +119,9 @@ class Slots:
 
     def allocate(self, like: Tensor) -> Tensor:
         # Zeros: what no row has written yet is masked, but 0 · NaN would come through
-        self._tensors.append(like.new_zeros((self._size, like.shape[1], self._num_columns, like.shape[3])))
+        # A column before the first: a compiled step would have one more graph for windows that begin at address 0
+        size = (self._size, like.shape[1], 1 + self._num_columns, like.shape[3])
+        self._tensors.append(like.new_zeros(size)[:, :, 1:])
         return self._tensors[-1]
 
     def store(self, cached: Tensor, new: Tensor) -> Tensor:
@@ -133,6 +137,19 @@ class Slots:
     def seen(self) -> int:
         """Columns before the present tokens that their queries see."""
         return 0 if self._entering is not None else self._column - self._first
+
+
+@dataclass(frozen=True)
+class _Window:
+    """What one layer sees at one step: keys and values (B, groups, L, D), the last column still to be written."""
+
+    keys: Tensor
+    values: Tensor
+
+    def update(self, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.keys[:, :, -1:] = key
+        self.values[:, :, -1:] = value
+        return self.keys, self.values
 
 
 class _Layer(CacheLayerMixin):

@@ -59,7 +59,8 @@ class BaseModelConfig(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = Field(
-        default=False, description="decoder layers, in PPO's passes: faster after a minute or two; needs a C++ compiler"
+        default=False,
+        description="decoder layers, in PPO and in decoding: faster after a minute or two; needs a C++ compiler",
     )
     trust_remote_code: bool = False
 

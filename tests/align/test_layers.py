@@ -2,12 +2,15 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from align.adapters import AdaptedModel
 from align.config import AdaptersConfig
+from align.context import Sampling
+from align.generation import Response, generate
 from align.heads import ScalarHead
 from tests.resident import SHAPES, distance, randomize, resident, with_adapters
 
@@ -54,6 +57,30 @@ def test_compiled_layers_say_the_same_with_and_without_gradients_and_what_plain_
     assert len(layers) == 2
     assert all(layer._compiled_call_impl is None for layer in layers)  # pyright: ignore[reportPrivateUsage]
     compiled.verify_trainable()
+
+
+@pytest.mark.slow
+def test_compiled_decoding_says_what_plain_decoding_does_with_one_graph_for_every_width_and_length() -> None:
+    """Rows of several lengths enter, leave, and make room for others; the last one goes on alone."""
+    prompts = [(5, 6, 7), (8, 9), (10, 11, 12, 13), (14,), (15, 16, 17, 18, 19), (20, 21)]
+    sampling = Sampling(temperature=1.0, max_response_length=24, max_prompt_length=8, batch_size=4)
+    uniforms_BT = np.random.default_rng(0).random((len(prompts), sampling.max_response_length))
+
+    def decoded(model: AdaptedModel) -> list[Response]:
+        codec = dataclasses.replace(model.base.codec(None), eos_ids=tuple(range(20)))
+        with model.role("policy"):
+            return generate(model, codec, prompts, sampling=sampling, uniforms_BT=uniforms_BT)
+
+    plain, compiled = both("float32")
+    expected = decoded(plain)
+    assert len({len(response.ids) for response in expected}) > 2
+    torch._dynamo.utils.counters.clear()  # pyright: ignore[reportPrivateUsage]
+    found = decoded(compiled)
+    assert [response.ids for response in found] == [response.ids for response in expected]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]  # pyright: ignore[reportPrivateUsage]
+    assert 1 <= graphs <= 2  # one more where no row has padding, and so no mask
 
 
 # ---- the layers below all adapters ----

@@ -23,7 +23,7 @@ from tests.benchmarks.ppo_update_task import BASE, HEAD, REWARD, SFT, Shape, Tas
 from tests.benchmarks.roofline_flops import Counted, Rows, decode_steps
 
 PREFILL, DECODE, SCORE, LEARN = "prefill", "decode", "score", "learn"
-_COMPILED = (SCORE, LEARN)  # generation calls the plain layers, whatever base.compile says
+_COMPILED = (DECODE, SCORE, LEARN)  # prompts enter by the plain layers, whatever base.compile says
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,8 @@ def load_roles(prepared: Path, task: Task, *, dtype: str, is_compiled: bool) -> 
 
 def phases(roles: Roles, shape: Shape, task: Task) -> list[Phase]:
     """Of one layout: with compiled layers only those that call them."""
-    made = [_score(roles, shape, task), _learn(roles, shape, task)]
-    if roles.model.base.is_compiled:
-        return [phase for phase in made if phase.name in _COMPILED]
-    return [*_generation(roles, shape, task), *made]
+    made = [*_generation(roles, shape, task), _score(roles, shape, task), _learn(roles, shape, task)]
+    return [phase for phase in made if phase.name in _COMPILED or not roles.model.base.is_compiled]
 
 
 def _drawn(shape: Shape, task: Task, count: int) -> list[Episode]:
