@@ -2,10 +2,11 @@
 
 Four systems: TRL as shipped and TRL with a LoRA critic (peer/update.py says how they are set), ours with the critic as
 a head and with an adapter of its own, each plain and with base.compile (compiling falls into the update that does not
-count; bars are judged on the faster). Each runs in a process of its own, alone, with all cores as torch's threads, for
-three updates of 16 episodes, of which the first does not count; seconds are medians. Peak memory is also given less
-what is resident once everything is imported and nothing loaded. It takes some 25 minutes; a machine that other work
-shares gives other ratios.
+count; bars are judged on the faster). Each runs twice in a process of its own, alone, with all cores as torch's
+threads, for three updates of 16 episodes, of which the first does not count; seconds are medians. The second time comes
+in the opposite order, for a machine whose speed drifts: what is compared was then measured around the same time. Peak
+memory is also given less what is resident once everything is imported and nothing loaded. It takes some 55 minutes; a
+machine that other work shares gives other ratios.
 
 In float32; and in bfloat16, too, where the machine's matrix product is faster in it. The best dtype of each system is
 the one in which it is the fastest.
@@ -29,7 +30,7 @@ from tests.benchmarks.peer.installation import VERSION, finish, install_peer, st
 from tests.benchmarks.ppo_update_bars import TITLES, Measured, Variant, Verdict, dtypes_to_measure, judge
 from tests.benchmarks.ppo_update_task import Job, Report, Shape, Task, read_report
 
-SYSTEMS = ("trl-lora", "head-compiled", "head", "adapter-compiled", "adapter", "trl")
+SYSTEMS = ("trl", "head-compiled", "head", "trl-lora", "adapter-compiled", "adapter")
 CORES = os.cpu_count() or 1
 
 
@@ -66,16 +67,16 @@ def _reports(folder: Path, prepared: Path, dtypes: tuple[str, ...]) -> dict[Vari
     peer = install_peer()
     reports: dict[Variant, list[Report]] = {}
     for dtype in dtypes:
-        for system in SYSTEMS:
+        for number, system in enumerate((*SYSTEMS, *reversed(SYSTEMS))):
             print(f"{TITLES[system]}, {dtype} ...", file=sys.stderr, flush=True)
             job = asdict(Job(system, dtype, str(prepared)))
-            own = folder / f"{system}-{dtype}"
+            own = folder / f"{dtype}-{number}"
             if system.startswith("trl"):
                 process = start("tests.benchmarks.peer.update", job, own, peer=peer, threads=CORES)
             else:
                 process = start("tests.benchmarks.ppo_update_ours", job, own, threads=CORES)
             finish(process, own)
-            reports[system, dtype] = [read_report(own)]
+            reports.setdefault((system, dtype), []).append(read_report(own))
     return reports
 
 
