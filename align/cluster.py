@@ -1,4 +1,4 @@
-"""Ray: connect, place the one worker, run calls on it, and say in plain words what went wrong."""
+"""Ray: place the one worker, run calls on it, and say in plain words what went wrong."""
 
 import re
 import time

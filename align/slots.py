@@ -102,9 +102,12 @@ class Slots:
             return self._model.step(self._cache, self._windows(), **inputs)[:, -1]
         return self._model.trunk(past_key_values=self._cache, use_cache=True, **inputs).last_hidden_state[:, -1]
 
+    def _window(self, cached: Tensor) -> Tensor:
+        """What the queries of a step see; its last column is the one to be written."""
+        return cached[: len(self), :, self._first : self._column + 1]
+
     def _windows(self) -> "list[_Window]":
-        used, seen = slice(len(self)), slice(self._first, self._column + 1)
-        keys_and_values = [tensor[used, :, seen] for tensor in self._tensors]
+        keys_and_values = [self._window(tensor) for tensor in self._tensors]
         return [_Window(*pair) for pair in zip(keys_and_values[::2], keys_and_values[1::2], strict=True)]
 
     def _move_back(self) -> None:
@@ -126,13 +129,14 @@ class Slots:
 
     def store(self, cached: Tensor, new: Tensor) -> Tensor:
         """Write keys or values (B, groups, S, D); returns those that the queries see."""
-        used = len(self._starts)
         if self._entering is not None:
+            used = len(self)
             place = slice(self._column - new.shape[2], self._column)
             cached[used : used + len(self._entering), :, place] = new[self._entering]
             return new
-        cached[:used, :, self._column] = new[:, :, 0]
-        return cached[:used, :, self._first : self._column + 1]
+        window = self._window(cached)
+        window[:, :, -1:] = new
+        return window
 
     def seen(self) -> int:
         """Columns before the present tokens that their queries see."""
