@@ -184,8 +184,8 @@ def _supervised(stage: str, config: SupervisedConfig, sizes: _Sizes) -> Phase:
     rows = Rows(sides * -(-config.batch_size // sizes.gpus), config.max_length)
     forwards = 2 if config.gradient_checkpointing else 1
     work = forwards * flops.forward(shape, rows, rank=rank) + flops.backward(shape, rows, rank=rank)
-    if not is_reward:  # TRL's head: there, again, and back
-        work += 3 * flops.lm_head(shape, rows.tokens)
+    if not is_reward:
+        work += 2 * flops.lm_head(shape, rows.tokens)
     return Phase(
         stage,
         "train",
@@ -195,7 +195,7 @@ def _supervised(stage: str, config: SupervisedConfig, sizes: _Sizes) -> Phase:
             gradients=trained,
             optimizer=MOMENTS * trained,
             activations=activations,
-            logits=0 if is_reward else memory.trl_logits(shape, tokens, dtype_bytes=sizes.dtype_bytes),
+            logits=0 if is_reward else memory.logprob_logits(shape, tokens),
         ),
         work,
     )
@@ -221,7 +221,7 @@ def _generate(stage: str, sizes: _Sizes) -> Phase:
         state = replace(state, adapters=sizes.reward_stage)
     if stage == "evaluation":
         tokens = slots * sizes.length
-    columns = prompt + response * (2 if is_refilled else 1)
+    columns = 1 + prompt + response * (2 if is_refilled else 1)  # one before the first: see align.slots
     bytes_ = replace(
         state,
         activations=memory.forward_activations(shape, tokens, dtype_bytes=dtype_bytes),

@@ -21,8 +21,6 @@ LOGPROB_TILE_COPIES = 3  # float32: the tile's logits, their exponentials, and o
 LOGPROB_SUMS = 3  # float32 vectors of the hidden size that a token learnt from keeps or adds up
 ENTERING_TOKENS = 8192  # of align.generation: prompts' tokens computed at a time
 SAMPLER_BYTES = 8  # an entry of the vocabulary, beside its logit: probability and scaled logit
-TRL_ROWS, TRL_TILE = 4096, 32_768  # of SFTTrainer's fused LM head
-TRL_TILE_COPIES = 3  # float32, beside the tile in the base's dtype
 PROCESS_BYTES = 60 * 10**6  # on a CPU, above the imports: tokenizer, kernels' code and scratch
 HEAP_HOLES = 0.4  # on a CPU, of the activations: glibc's heap grows by the holes between tensors of so many sizes
 
@@ -106,8 +104,3 @@ def logprob_logits(shape: ModelShape, tokens: int) -> int:
     """Behind the logprobs of `tokens` tokens: a tile of logits, and what a gradient by the hidden states needs."""
     tile = min(tokens, LOGPROB_ROWS) * min(shape.vocabulary, LOGPROB_TILE) * FLOAT32 * LOGPROB_TILE_COPIES
     return tile + tokens * shape.hidden_size * FLOAT32 * LOGPROB_SUMS
-
-
-def trl_logits(shape: ModelShape, tokens: int, *, dtype_bytes: int) -> int:
-    """SFTTrainer's fused LM head: every position, a tile of the vocabulary at a time."""
-    return min(tokens, TRL_ROWS) * min(shape.vocabulary, TRL_TILE) * (dtype_bytes + FLOAT32 * TRL_TILE_COPIES)

@@ -6,7 +6,6 @@ import torch
 from datasets import Dataset
 from transformers import PrinterCallback
 from trl.trainer.sft_config import SFTConfig as TRLConfig
-from trl.trainer.sft_trainer import SFTTrainer
 
 from align.adapters import AdaptedModel
 from align.artifacts import scratch, write_directory
@@ -20,6 +19,7 @@ from data.batching import length_sorted_batches
 from data.tokenization import TokenizedDemonstration, encode_demonstrations
 from stages.continuation import TrainerCheckpoints, tokens_before, verify_epochs
 from stages.sft.objective import negative_log_likelihood
+from stages.sft.trainer import NLLTrainer
 from stages.trainer import ReportToTracker, trainer_arguments
 
 SFT = "sft"
@@ -95,8 +95,8 @@ def train_adapter(
     report = ReportToTracker(context.tracker, "sft", tokens_before=tokens_before(start))
     kept = TrainerCheckpoints(checkpoints, report, start=start, also=lambda: ({}, {"nll_before": nll_before}))
     with lent(model.peft), model.role(SFT, train=True), scratch(context.folder, "trainer") as folder:
-        trainer = SFTTrainer(
-            model=model.peft,
+        trainer = NLLTrainer(
+            resident=model,
             args=TRLConfig(
                 **trainer_arguments(config, context, folder),  # type: ignore[arg-type]
                 dataset_kwargs={"skip_prepare_dataset": True},  # the rows are token ids and labels already

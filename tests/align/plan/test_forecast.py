@@ -74,9 +74,9 @@ def test_roles_add_up_to_what_is_resident() -> None:
 
 
 def test_the_cache_is_of_the_slots_and_twice_the_responses_if_slots_are_refilled() -> None:
-    refilled = memory.cache_bytes(SMALL, slots=8, columns=6 + 2 * 4, dtype_bytes=2)
+    refilled = memory.cache_bytes(SMALL, slots=8, columns=1 + 6 + 2 * 4, dtype_bytes=2)
     assert phase(config(), "ppo", "generate").bytes.cache == refilled
-    at_once = memory.cache_bytes(SMALL, slots=4, columns=6 + 4, dtype_bytes=2)
+    at_once = memory.cache_bytes(SMALL, slots=4, columns=1 + 6 + 4, dtype_bytes=2)
     assert phase(config(), "ppo", "generate", gpus=4).bytes.cache == at_once
 
 

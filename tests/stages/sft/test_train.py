@@ -19,6 +19,7 @@ from align.restore import ModelState, lent, snapshot
 from data.records import Demonstration, Message
 from data.tokenization import decode_response, encode_demonstrations, encode_prompt
 from stages.sft.train import held_out_nll, run_sft
+from stages.sft.trainer import NLLTrainer
 from tests.resident import SHAPES, logits_of, resident, with_adapters
 from tests.stages.scenes import SAMPLING, asked, context_of, demonstrations, hashes_of, metrics_of
 
@@ -64,12 +65,12 @@ def test_only_the_assistants_tokens_and_ends_of_turn_are_learnt(
     model = resident("llama")
     batches: list[dict[str, torch.Tensor]] = []
 
-    class Watched(SFTTrainer):
+    class Watched(NLLTrainer):
         def train(self, *args: Any, **kwargs: Any) -> Any:
             batches.extend(self.get_train_dataloader())
             return super().train(*args, **kwargs)
 
-    monkeypatch.setattr(stages.sft.train, "SFTTrainer", Watched)
+    monkeypatch.setattr(stages.sft.train, "NLLTrainer", Watched)
     turns = (Message("system", "Be kind."), *asked("Hello?"), Message("assistant", "Hi!"), *asked("And?"))
     two = Demonstration((*turns, Message("assistant", "That is all.")), "test:1")
     run(model, tmp_path, inputs=SFTInputs((two, *demonstrations(1)), demonstrations(1)))
@@ -91,13 +92,37 @@ def test_only_the_assistants_tokens_and_ends_of_turn_are_learnt(
         assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
 
 
+class TRLs(SFTTrainer):
+    """TRL's own loss, through every position of whole rows."""
+
+    def __init__(self, *args: Any, resident: AdaptedModel, **kwargs: Any) -> None:
+        super().__init__(*args, model=resident.peft, **kwargs)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}], ids=["plain", "checkpointed"])
+def test_training_is_that_of_trl(
+    shape: str, settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ragged = tuple(row for n in (1, 3, 9, 4) for row in demonstrations(2, "so " * n))
+    ours, theirs = resident(shape), resident(shape)
+    run(ours, tmp_path / "ours", inputs=SFTInputs(ragged, demonstrations(2)), **settings)
+    monkeypatch.setattr(stages.sft.train, "NLLTrainer", TRLs)
+    run(theirs, tmp_path / "theirs", inputs=SFTInputs(ragged, demonstrations(2)), **settings)
+    for our, their in zip(metrics_of(tmp_path / "ours" / "sft"), metrics_of(tmp_path / "theirs" / "sft"), strict=True):
+        for key in ("sft/loss", "sft/grad_norm", "sft/learning_rate", "sft/num_tokens"):
+            assert our[key] == pytest.approx(their[key], rel=1e-4), key
+    for name, tensor in ours.tensors("sft").items():
+        torch.testing.assert_close(tensor, theirs.tensors("sft")[name], rtol=1e-4, atol=1e-6)
+
+
 def test_a_row_that_the_trainer_drops_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Dropping(SFTTrainer):
+    class Dropping(NLLTrainer):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.train_dataset = self.train_dataset.select(range(len(self.train_dataset) - 1))
 
-    monkeypatch.setattr(stages.sft.train, "SFTTrainer", Dropping)
+    monkeypatch.setattr(stages.sft.train, "NLLTrainer", Dropping)
     with pytest.raises(InvariantError, match="SFTTrainer kept 7 of 8 rows"):
         run(resident(), tmp_path)
 

@@ -1,0 +1,43 @@
+"""TRL's SFTTrainer with the LM head of align.logprobs: learnt tokens only, and their gradient in the same walk."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from trl.trainer.sft_trainer import SFTTrainer
+
+from align.adapters import AdaptedModel
+from align.errors import InvariantError
+from align.logprobs import token_logprobs
+
+
+class NLLTrainer(SFTTrainer):
+    """SFTTrainer on the resident model. Its loss is TRL's own, the sum of NLL over the learnt tokens of the step.
+
+    Departure: without a GPU, TRL sends every token through the LM head, the prompt's and padding's too, twice. Its
+    token accuracy and entropy, which are of the same logits, are not logged.
+    """
+
+    def __init__(self, *args: Any, resident: AdaptedModel, **kwargs: Any) -> None:
+        super().__init__(*args, model=resident.peft, **kwargs)
+        self._resident = resident
+        self._num_tokens = 0
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        if return_outputs or num_items_in_batch is None:
+            raise InvariantError("the trainer evaluates, or did not count the learnt tokens that its loss is divided by")
+        ids_BS, labels_BS, mask_BS = inputs["input_ids"], inputs["labels"], inputs["attention_mask"]
+        outputs = self._resident.trunk(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
+        at_N, before_N = (labels_BS[:, 1:] != -100).nonzero(as_tuple=True)  # nothing predicts a row's first token
+        before_NH = outputs.last_hidden_state[at_N, before_N]
+        logprobs_N, _ = token_logprobs(self._resident.lm_head, before_NH, ids_BS[at_N, before_N + 1])
+        self._num_tokens += int(mask_BS.sum())
+        return -logprobs_N.sum() / num_items_in_batch
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log({**logs, "num_tokens": self._num_tokens}, start_time)
