@@ -54,7 +54,7 @@ def _attend(
     batch, num_heads, length, _ = query.shape
     num_groups = key.shape[1]
     if _goes_back_in_float32(module, query, key, value, attention_mask, options):
-        out = _CausalAttention.apply(query, key, value, options.get("scaling"))
+        out = _ShortAttention.apply(query, key, value, attention_mask, options.get("scaling"))
         return out.transpose(1, 2).contiguous(), None
     if length > 1 or num_heads == num_groups or options.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -69,33 +69,40 @@ def _attend(
 def _goes_back_in_float32(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
 ) -> bool:
-    """Whether it is plain causal attention of whole rows, short ones, in a CPU's bfloat16."""
+    """Whether it is attention of whole short rows in a CPU's bfloat16, plainly causal or by a mask to be added."""
     is_causal = options.get("is_causal")
     return (
         query.device.type == "cpu"
         and query.dtype == torch.bfloat16
         and 1 < query.shape[2] == key.shape[2] <= _FLOAT32_LENGTH
         and query.shape[3] == value.shape[3]
-        and mask is None
-        and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        and (
+            bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+            if mask is None
+            else mask.dtype == query.dtype
+        )
         and not options.get("dropout")
         and options.get("position_bias") is None
     )
 
 
-class _CausalAttention(torch.autograd.Function):
+class _ShortAttention(torch.autograd.Function):
     """torch's own flash attention, forwards as ever, backwards in float32."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        out, logsumexp = _flash(query, key, value, 0.0, True, scale=scale)
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
+    ) -> Tensor:
+        out, logsumexp = _flash(query, key, value, 0.0, mask is None, attn_mask=mask, scale=scale)
         ctx.save_for_backward(query, key, value, out, logsumexp)
-        ctx.scale = scale
+        ctx.mask, ctx.scale = mask, scale
         return out
 
     @staticmethod
     @once_differentiable  # it has no types, so pyright misses the name of ctx
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         *wide, logsumexp = (tensor.float() for tensor in ctx.saved_tensors)
-        found = _flash_backward(gradients[0].float(), *wide, logsumexp, 0.0, True, scale=ctx.scale)
-        return *(gradient.to(gradients[0].dtype) for gradient in found), None
+        mask = None if ctx.mask is None else ctx.mask.float()
+        gradient = gradients[0].float()
+        found = _flash_backward(gradient, *wide, logsumexp, 0.0, mask is None, attn_mask=mask, scale=ctx.scale)
+        return *(gradient.to(gradients[0].dtype) for gradient in found), None, None

@@ -1,24 +1,13 @@
 """What people said of responses, in pairs or one by one: what differs between the two is behind one interface."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypedDict
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from align.episodes import Episode
-from data.batching import right_pad
-
-
-class TrainerRow(TypedDict):
-    """A row as RewardTrainer takes it: it tokenizes again what lacks one of the first two columns."""
-
-    chosen_ids: list[int]  # prompt and response
-    rejected_ids: list[int]  # likewise; empty for a verdict, which has one response
-    labels: float  # the probability that chosen is preferred; of a verdict, 1 for good
-    margin: float  # 0 if there is none
-    length: int  # of the longer side: rows of like length are batched together
+from stages.reward.batches import TrainerRow
 
 
 @dataclass(frozen=True)
@@ -63,18 +52,3 @@ class Evidence(Protocol):
     def report(self, scores_N: Tensor) -> dict[str, object]:
         """The held-out metrics, as JSON."""
         ...
-
-
-def collate_rows(rows: Sequence[TrainerRow], *, pad_id: int) -> dict[str, Tensor]:
-    """What the trainer hands to compute_loss: ids and mask of scores_N's sequences, labels and margin (B,).
-
-    It is under "labels" that Trainer counts the rows of an optimizer step.
-    """
-    sequences = [row["chosen_ids"] for row in rows] + [row["rejected_ids"] for row in rows if row["rejected_ids"]]
-    ids_NS, is_token_NS = right_pad(sequences, pad_id, "cpu")
-    return {
-        "input_ids": ids_NS,
-        "attention_mask": is_token_NS.long(),
-        "labels": torch.tensor([row["labels"] for row in rows]),
-        "margin": torch.tensor([row["margin"] for row in rows]),
-    }

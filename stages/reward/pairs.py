@@ -11,7 +11,8 @@ from align.episodes import Episode
 from align.errors import DataError
 from data.tokenization import TokenizedComparison
 from stages.reward import objective
-from stages.reward.evidence import Labels, TrainerRow
+from stages.reward.batches import TrainerRow
+from stages.reward.evidence import Labels
 from stages.reward.report import LENGTH_BUCKETS, accuracy, by_bucket, by_source, length_buckets, quarters
 
 _TIE = 0.5
@@ -50,9 +51,10 @@ class Pairs:
             {
                 "chosen_ids": [*row.prompt_ids, *row.chosen_ids],
                 "rejected_ids": [*row.prompt_ids, *row.rejected_ids],
+                "prompt_length": len(row.prompt_ids),
                 "labels": row.preference,
                 "margin": row.margin or 0.0,
-                "length": len(row.prompt_ids) + max(len(row.chosen_ids), len(row.rejected_ids)),
+                "length": len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids),
             }
             for row in self.train
         ]

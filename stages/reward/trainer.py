@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,16 +12,19 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from trl.trainer.reward_config import RewardConfig as TRLConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
+from align.adapters import AdaptedModel
 from align.artifacts import scratch
 from align.checkpoints import Checkpoint, Groups, StageCheckpoints, State
 from align.config import EarlyStoppingConfig, RewardConfig
 from align.context import StageContext
 from align.errors import InvariantError
+from align.heads import ScalarHead
 from align.restore import lent
 from data.tokenization import Codec
 from stages.continuation import TrainerCheckpoints, tokens_before, verify_epochs
 from stages.reward import objective
-from stages.reward.evidence import Evidence, Labels, collate_rows
+from stages.reward.batches import Collator, batch_scores, can_share
+from stages.reward.evidence import Evidence, Labels
 from stages.reward.scorer import Member, score, scorer_on_trunk
 from stages.trainer import ReportToTracker, trainer_arguments
 
@@ -42,8 +44,9 @@ class ScoreTrainer(RewardTrainer):
 
     loss_is_scaled_for_ga = True  # by compute_loss, which divides by the rows of the whole step
 
-    def __init__(self, *args: Any, evidence: Evidence, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, evidence: Evidence, resident: AdaptedModel, head: ScalarHead, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._resident, self._head = resident, head
         self.model_accepts_loss_kwargs = True  # or Trainer does not count the rows of a step
         self._evidence = evidence
         self._num_tokens = 0
@@ -56,18 +59,16 @@ class ScoreTrainer(RewardTrainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        if num_items_in_batch is None:
-            raise InvariantError("the trainer did not count the rows of the step, which its loss is divided by")
+        if return_outputs or num_items_in_batch is None:
+            raise InvariantError("the trainer evaluates, or did not count the rows that its loss is divided by")
         labels = Labels(inputs["labels"], inputs["margin"])
-        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False)
-        scores_N = outputs.logits[:, 0]
+        scores_N = batch_scores(self._resident, self._head, inputs)
         losses_B = self._evidence.losses(scores_N, labels)
         penalties_B = objective.centering_penalties(self._evidence.sides(scores_N))
-        # Mean first, as TRL does: with whole micro-batches the bits are the same, and the share is 1 / their number
-        loss = (losses_B.mean() + self._evidence.centering * penalties_B.mean()) / (num_items_in_batch / len(losses_B))
         self._step.append((scores_N.detach(), labels))
-        self._num_tokens += int(inputs["attention_mask"].sum())
-        return (loss, outputs) if return_outputs else loss
+        self._num_tokens += int(inputs["num_tokens"])
+        # Mean first, as TRL does: with whole micro-batches the bits are the same, and the share is 1 / their number
+        return (losses_B.mean() + self._evidence.centering * penalties_B.mean()) / (num_items_in_batch / len(losses_B))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """What RewardTrainer logs, over all rows since the last time."""
@@ -224,12 +225,14 @@ class Members:
             )
             trainer = ScoreTrainer(
                 evidence=evidence,
+                resident=model,
+                head=member.head,
                 model=scorer,
                 args=TRLConfig(
                     **trainer_arguments(config, replace(context, seed=member.seed), folder),  # type: ignore[arg-type]
                     disable_dropout=False,  # adapters.dropout applies here too; TRL would set it to 0
                 ),
-                data_collator=partial(collate_rows, pad_id=codec.pad_id),
+                data_collator=Collator(codec.pad_id, model.base.dtype, can_share(model)),
                 train_dataset=Dataset.from_list(rows),  # type: ignore[arg-type]
                 processing_class=model.base.tokenizer,
                 callbacks=[report, best, kept],

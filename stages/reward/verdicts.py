@@ -11,7 +11,8 @@ from align.episodes import Episode
 from align.errors import DataError
 from data.tokenization import TokenizedVerdict
 from stages.reward import objective
-from stages.reward.evidence import Labels, TrainerRow
+from stages.reward.batches import TrainerRow
+from stages.reward.evidence import Labels
 from stages.reward.report import accuracy, by_source
 
 _UNIT = "verdicts"
@@ -48,6 +49,7 @@ class Verdicts:
             {
                 "chosen_ids": [*row.prompt_ids, *row.response_ids],
                 "rejected_ids": [],
+                "prompt_length": len(row.prompt_ids),
                 "labels": float(row.is_good),
                 "margin": 0.0,
                 "length": len(row.prompt_ids) + len(row.response_ids),

@@ -30,7 +30,7 @@ class NLLTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         if return_outputs or num_items_in_batch is None:
-            raise InvariantError("the trainer evaluates, or did not count the learnt tokens that its loss is divided by")
+            raise InvariantError("the trainer evaluates, or did not count the tokens that its loss is divided by")
         ids_BS, labels_BS, mask_BS = inputs["input_ids"], inputs["labels"], inputs["attention_mask"]
         outputs = self._resident.trunk(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
         at_N, before_N = (labels_BS[:, 1:] != -100).nonzero(as_tuple=True)  # nothing predicts a row's first token

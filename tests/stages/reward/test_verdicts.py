@@ -5,7 +5,8 @@ import torch
 
 from align.config import RewardObjectiveConfig
 from align.errors import DataError
-from stages.reward.evidence import Labels, collate_rows
+from stages.reward.batches import Collator
+from stages.reward.evidence import Labels
 from stages.reward.verdicts import Verdicts
 from tests.stages.reward.said import verdict
 
@@ -15,7 +16,7 @@ BOTH = [verdict(2, True), verdict(3, False)]
 
 def test_a_batch_holds_one_sequence_a_verdict() -> None:
     rows = Verdicts.of(BOTH, BOTH, UNPAIRED).train_rows()
-    batch = collate_rows(rows, pad_id=9)
+    batch = Collator(9, torch.float32, is_sharing=True)(rows)
     assert batch["input_ids"].tolist() == [[7, 7, 0, 1, 9], [7, 7, 0, 1, 2]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert batch["labels"].tolist() == [1.0, 0.0]

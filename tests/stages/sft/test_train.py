@@ -100,15 +100,16 @@ class TRLs(SFTTrainer):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_training_is_that_of_trl(
-    shape: str, settings: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shape: str, checkpointing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ragged = tuple(row for n in (1, 3, 9, 4) for row in demonstrations(2, "so " * n))
     ours, theirs = resident(shape), resident(shape)
-    run(ours, tmp_path / "ours", inputs=SFTInputs(ragged, demonstrations(2)), **settings)
+    inputs = SFTInputs(ragged, demonstrations(2))
+    run(ours, tmp_path / "ours", inputs=inputs, gradient_checkpointing=checkpointing)
     monkeypatch.setattr(stages.sft.train, "NLLTrainer", TRLs)
-    run(theirs, tmp_path / "theirs", inputs=SFTInputs(ragged, demonstrations(2)), **settings)
+    run(theirs, tmp_path / "theirs", inputs=inputs, gradient_checkpointing=checkpointing)
     for our, their in zip(metrics_of(tmp_path / "ours" / "sft"), metrics_of(tmp_path / "theirs" / "sft"), strict=True):
         for key in ("sft/loss", "sft/grad_norm", "sft/learning_rate", "sft/num_tokens"):
             assert our[key] == pytest.approx(their[key], rel=1e-4), key
