@@ -105,9 +105,13 @@ def text_pass(
     """Logprobs (N,) float32 of the learnt tokens of all rows together, under the present role, at temperature 1."""
     ids_BS, _ = right_pad([row.ids for row in rows], pad_id, model.device)
     is_learnt_BS, _ = right_pad([row.is_response for row in rows], 0, model.device)
+    return learnt_logprobs(model, model.hidden(ids_BS, is_checkpointed=is_checkpointed), ids_BS, is_learnt_BS)
+
+
+def learnt_logprobs(model: AdaptedModel, hidden_BSH: Tensor, ids_BS: Tensor, is_learnt_BS: Tensor) -> Tensor:
+    """Logprobs (N,) float32 of the learnt tokens, at temperature 1, from the last hidden states of their rows."""
     at_N, before_N = is_learnt_BS[:, 1:].nonzero(as_tuple=True)  # nothing predicts a row's first token
-    hidden_NH = model.hidden(ids_BS, is_checkpointed=is_checkpointed)[at_N, before_N]
-    return token_logprobs(model.lm_head, hidden_NH, ids_BS[at_N, before_N + 1])[0]
+    return token_logprobs(model.lm_head, hidden_BSH[at_N, before_N], ids_BS[at_N, before_N + 1])[0]
 
 
 def value_pass(model: AdaptedModel, head: ScalarHead, batch: EpisodeBatch, *, is_checkpointed: bool = False) -> Tensor:

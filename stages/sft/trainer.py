@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from trl.trainer.sft_trainer import SFTTrainer
 
 from align.adapters import AdaptedModel
+from align.episodes import learnt_logprobs
 from align.errors import InvariantError
-from align.logprobs import token_logprobs
 
 
 class NLLTrainer(SFTTrainer):
@@ -31,11 +31,9 @@ class NLLTrainer(SFTTrainer):
     ) -> Any:
         if return_outputs or num_items_in_batch is None:
             raise InvariantError("the trainer evaluates, or did not count the tokens that its loss is divided by")
-        ids_BS, labels_BS, mask_BS = inputs["input_ids"], inputs["labels"], inputs["attention_mask"]
+        ids_BS, mask_BS = inputs["input_ids"], inputs["attention_mask"]
         outputs = self._resident.trunk(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
-        at_N, before_N = (labels_BS[:, 1:] != -100).nonzero(as_tuple=True)  # nothing predicts a row's first token
-        before_NH = outputs.last_hidden_state[at_N, before_N]
-        logprobs_N, _ = token_logprobs(self._resident.lm_head, before_NH, ids_BS[at_N, before_N + 1])
+        logprobs_N = learnt_logprobs(self._resident, outputs.last_hidden_state, ids_BS, inputs["labels"] != -100)
         self._num_tokens += int(mask_BS.sum())
         return -logprobs_N.sum() / num_items_in_batch
 
