@@ -110,10 +110,15 @@ def _repeat(said: Any, *_: Any, **__: Any) -> Any:
     return said
 
 
-def _with(window: object, cache: object, call: _Call, *args: Any, **kwargs: Any) -> Any:
-    """The call with the window wherever it was given the cache."""
+def _with(window: object, cache: object, call: _Call, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The call with the window wherever it was given the cache. What a compiled layer says (B, 1, H) may lie in memory
+    otherwise than embeddings do, in the strides of its one token as well: that would make another graph."""
     own = [window if value is cache else value for value in args]
-    return call(*own, **{key: window if value is cache else value for key, value in kwargs.items()})
+    return call(
+        hidden[:, -1].contiguous()[:, None],
+        *own,
+        **{key: window if value is cache else value for key, value in kwargs.items()},
+    )
 
 
 def _cut_off(call: _Call, *args: Any, **kwargs: Any) -> Any:

@@ -4,6 +4,8 @@ PEFT computes it from separate layers: the low-rank result, its scaled copy and 
 once more, forwards and backwards, and under a bfloat16 base the input is copied into the adapter's float32. Here the
 low-rank part is added into the product itself, in the base's dtype, and what is kept for the backward pass is x (which
 q, k and v share) and the rank-r x Aᵀ. A and B, and their gradients, stay float32.
+
+In compiled decoding, whose few rows make small products, the low-rank part is loops instead.
 """
 
 from typing import Any, cast
@@ -18,6 +20,8 @@ from transformers.pytorch_utils import Conv1D
 from align.config import AdaptersConfig
 from align.errors import ConfigError, ModelError
 from align.products import frozen_product
+
+_LOOPED_ROWS = {torch.float32: 32, torch.bfloat16: 64}  # of compiled decoding, at most; past it products are faster
 
 
 class LoRALinear(PeftLinear):
@@ -35,7 +39,12 @@ class LoRALinear(PeftLinear):
         a_RI, b_OR, scale = low.weight, high.weight, self.scaling[name]
         if torch.is_grad_enabled():
             return _LoRAProduct.apply(x, weight_OI, base.bias, a_RI, b_OR, scale)
-        return _product(x.reshape(-1, x.shape[-1]), weight_OI, base.bias, a_RI, b_OR, scale)[0].view(*x.shape[:-1], -1)
+        x_NI = x.reshape(-1, x.shape[-1])
+        if torch.compiler.is_compiling() and x.device.type == "cpu" and len(x_NI) <= _LOOPED_ROWS.get(x.dtype, 0):
+            y_NO = _looped_product(x_NI, weight_OI, base.bias, a_RI, b_OR, scale)
+        else:
+            y_NO, _ = _product(x_NI, weight_OI, base.bias, a_RI, b_OR, scale)
+        return y_NO.view(*x.shape[:-1], -1)
 
     def _is_plain(self, name: str) -> bool:
         has_dropout = self.training and not isinstance(self.lora_dropout[name], nn.Identity)
@@ -100,6 +109,16 @@ def _product(
     y_NO = frozen_product(x_NI, weight_OI, bias)
     low_NR = torch.mm(x_NI, a_RI.to(x_NI.dtype).t())
     return y_NO.addmm_(low_NR, b_OR.to(x_NI.dtype).t(), alpha=scale), low_NR
+
+
+def _looped_product(
+    x_NI: Tensor, weight_OI: Tensor, bias: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
+) -> Tensor:
+    """y (N, O); the compiler makes loops of the two sums over r and i."""
+    x_IN = x_NI.t()
+    low_RN = (a_RI[:, :, None] * x_IN).sum(1)
+    y_ON = torch.mm(weight_OI, x_IN) + scale * (b_OR[:, :, None] * low_RN).sum(1)
+    return (y_ON if bias is None else y_ON + bias[:, None]).t().to(x_NI.dtype)
 
 
 class _LoRAProduct(torch.autograd.Function):

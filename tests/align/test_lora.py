@@ -1,10 +1,13 @@
 """Our LoRA product against PEFT's own forward of the same layers."""
 
+from typing import Any
+
 import pytest
 import torch
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor
 
+from align import lora
 from align.adapters import AdaptedModel
 from align.lora import LoRALinear
 from tests.resident import SHAPES, with_adapters
@@ -59,6 +62,34 @@ def test_the_same_bits_with_and_without_gradients() -> None:
         with torch.no_grad(), model.role("policy"):
             without_BSH = model.hidden(IDS)
         assert torch.equal(outcome(model)[0], without_BSH)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("shape", "path"), [("llama", "layers.0.mlp.gate_proj"), ("gpt2", "h.0.mlp.c_fc")])
+def test_compiled_without_gradients_few_rows_take_loops_and_many_take_products(
+    shape: str, path: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPT-2 has the weight the other way round, and a bias."""
+    looped: list[int] = []
+    loops = lora._looped_product  # pyright: ignore[reportPrivateUsage]
+
+    def counted(x_NI: Tensor, *args: Any) -> Tensor:
+        looped.append(len(x_NI))
+        return loops(x_NI, *args)
+
+    monkeypatch.setattr(lora, "_looped_product", counted)
+    model = with_adapters(shape, "policy", dtype=dtype)
+    layer = model.trunk.get_submodule(path)
+    compiled = torch.compile(layer, dynamic=True)
+    with torch.no_grad(), model.role("policy"):
+        for rows in (3, 24, 100):
+            looped.clear()
+            torch._dynamo.reset()  # pyright: ignore[reportPrivateUsage]
+            x_N1I = torch.randn(rows, 1, 32, dtype=model.base.dtype)
+            tolerance = 1e-5 if dtype == "float32" else 0.02  # bfloat16 rounds by a 256th, here twice
+            torch.testing.assert_close(compiled(x_N1I), layer(x_N1I), rtol=tolerance, atol=2 * tolerance)
+            assert bool(looped) == (rows < 100)
 
 
 def test_what_is_kept_for_the_backward_pass_is_the_input_once_and_its_low_rank_image() -> None:
