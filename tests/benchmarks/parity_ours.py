@@ -18,10 +18,13 @@ from tests.benchmarks.parity_recipe import Job, Point, Recipe, read_job, write_r
 from tests.benchmarks.parity_task import prompts
 
 SCRIPTED = {"kind": "function", "function": "tests.benchmarks.parity_task:reward"}
+LAM1, FAST = "-lam1", "-fast"  # what a system's name may end with
 
 
-def resident(job: Job) -> AdaptedModel:
-    base = load_base(BaseModelConfig(model=job.model, device="cpu"))
+def resident(job: Job, *, is_fast: bool = False) -> AdaptedModel:
+    """In float32, as TRL's; fast: in bfloat16 and with compiled layers."""
+    config = BaseModelConfig(model=job.model, device="cpu", dtype="bfloat16" if is_fast else "float32", compile=is_fast)
+    base = load_base(config)
     recipe = job.recipe
     return AdaptedModel(base, AdaptersConfig(rank=recipe.rank, alpha=recipe.alpha, targets=recipe.targets))
 
@@ -30,7 +33,7 @@ def records(texts: list[str]) -> tuple[Prompt, ...]:
     return tuple(Prompt((Message("user", text),), f"parity:{i}") for i, text in enumerate(texts))
 
 
-def _config(recipe: Recipe, critic: str) -> PPOConfig:
+def _config(recipe: Recipe, system: str) -> PPOConfig:
     """The recipe in our words. TRL's loop does not clip gradients, so ours is kept from it; a micro-batch of 8 is our
     default (it changes no gradient, only how minibatches are drawn)."""
     return PPOConfig.model_validate(
@@ -47,10 +50,14 @@ def _config(recipe: Recipe, critic: str) -> PPOConfig:
             "rewards": {"sources": [SCRIPTED], "normalize": "none", "clip": None, "missing_eos_penalty": 0.0},
             "advantage": {
                 "gamma": recipe.gamma,
-                "lam": 1.0 if critic.endswith("-lam1") else recipe.lam,
+                "lam": 1.0 if system.endswith(LAM1) else recipe.lam,
                 "whiten": True,
             },
-            "critic": {"kind": critic.removesuffix("-lam1"), "coefficient": recipe.vf, "clip": recipe.value_clip},
+            "critic": {
+                "kind": system.removesuffix(LAM1).removesuffix(FAST),
+                "coefficient": recipe.vf,
+                "clip": recipe.value_clip,
+            },
             "loss": {
                 "epochs": recipe.epochs,
                 "minibatches": recipe.minibatches,
@@ -72,7 +79,8 @@ def train(config: PPOConfig, job: Job, folder: Path) -> StageResult:
     """One thread, as each of several processes has."""
     torch.set_num_threads(1)
     stage, seed = folder / "ppo", stage_seed(job.seed, "ppo")
-    context = StageContext(resident(job), Tracker(stage, stage="ppo"), stage, seed, None, 0.0)
+    model = resident(job, is_fast=job.system.endswith(FAST))
+    context = StageContext(model, Tracker(stage, stage="ppo"), stage, seed, None, 0.0)
     return run_ppo(config, PPOInputs(None, (), records(prompts()[0])), context)
 
 

@@ -31,7 +31,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Job:
-    system: str  # trl, or of ours, which critic: head or adapter, with -lam1 for λ = 1
+    system: str  # trl, or of ours, which critic: head or adapter, with -lam1 for λ = 1, or -fast
     seed: int
     model: str  # a folder
     recipe: Recipe = Recipe()
