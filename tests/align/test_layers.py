@@ -86,9 +86,12 @@ def test_compiled_decoding_says_what_plain_decoding_does_with_one_graph_for_ever
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_compiled_decoding_of_many_rows_is_as_near_to_float32_as_plain_decoding(dtype: str, tmp_path: Path) -> None:
-    """Of this shape, inductor of torch 2.13 made something not finite of bfloat16 once the low-rank part was loops."""
+@pytest.mark.parametrize(("dtype", "rows"), [("float32", 32), ("float32", 64), ("bfloat16", 64)])
+def test_compiled_decoding_of_many_rows_is_as_near_to_float32_as_plain_decoding(
+    dtype: str, rows: int, tmp_path: Path
+) -> None:
+    """Of this shape, inductor of torch 2.13 made something not finite of bfloat16 once the low-rank part was loops; 32
+    rows of float32 still take them, and 64 do not."""
     tokenizer = resident("llama").base.tokenizer
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2)
     config.eos_token_id = config.pad_token_id = len(tokenizer) - 1
@@ -98,7 +101,7 @@ def test_compiled_decoding_of_many_rows_is_as_near_to_float32_as_plain_decoding(
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    prompts = [(5 + row, *range(6, 7 + row % 9)) for row in range(64)]
+    prompts = [(5 + row, *range(6, 7 + row % 9)) for row in range(rows)]
     sampling = Sampling(temperature=1.0, max_response_length=4, max_prompt_length=16, batch_size=len(prompts))
     uniforms_BT = np.full((len(prompts), 4), 0.5)
 
@@ -112,7 +115,7 @@ def test_compiled_decoding_of_many_rows_is_as_near_to_float32_as_plain_decoding(
             return generate(model, base.codec(None), prompts, sampling=sampling, uniforms_BT=uniforms_BT)
 
     def gap(found: list[Response]) -> float:
-        """Mean, of the responses that are the same."""
+        """Root mean square, of the responses that are the same and whole."""
         pairs = [(f, e) for f, e in zip(found, exact, strict=True) if f.ids == e.ids]
         assert len(pairs) > len(prompts) / 2
         return float(np.mean([np.subtract(f.logprobs, e.logprobs) ** 2 for f, e in pairs if len(f.ids) == 4]) ** 0.5)
