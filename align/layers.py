@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor_config
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -39,6 +40,7 @@ class DecoderLayers:
         self._is_compiled = is_compiled
         if is_compiled:
             torch._dynamo.config.recompile_limit = _MAX_GRAPHS  # pyright: ignore[reportPrivateUsage]
+            _keep_compiler_right()
             self._calls = [torch.compile(call, dynamic=True) for call in self._calls]
 
     def adapters_changed(self, adapted: Sequence[nn.Module]) -> None:
@@ -87,6 +89,15 @@ class DecoderLayers:
         finally:
             for layer in self._layers:
                 layer._compiled_call_impl = None  # pyright: ignore[reportPrivateUsage]
+
+
+def _keep_compiler_right() -> None:
+    """g++ 12 makes wrong numbers, even infinities, of some bfloat16 loops that transpose a tile, when it packs straight
+    code into vectors (-O3). Inductor's loops are vectors already, so nothing is lost without. Inductor has no setting
+    for options of the compiler, but the text of this one goes to it as it is."""
+    option = " -fno-tree-slp-vectorize"
+    if not inductor_config.cpp.enable_floating_point_contract_flag.endswith(option):
+        inductor_config.cpp.enable_floating_point_contract_flag += option
 
 
 @contextmanager

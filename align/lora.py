@@ -5,7 +5,7 @@ once more, forwards and backwards, and under a bfloat16 base the input is copied
 low-rank part is added into the product itself, in the base's dtype, and what is kept for the backward pass is x (which
 q, k and v share) and the rank-r x Aᵀ. A and B, and their gradients, stay float32.
 
-In compiled decoding in float32, whose few rows make small products, the low-rank part is loops instead.
+In compiled decoding, whose few rows make small products, the low-rank part is loops instead.
 """
 
 from typing import Any, cast
@@ -21,9 +21,7 @@ from align.config import AdaptersConfig
 from align.errors import ConfigError, ModelError
 from align.products import frozen_product
 
-# Of compiled decoding, at most: at 64 rows products are faster. Loops would be faster in bfloat16, too, but what torch
-# 2.13's inductor makes of them there is not always finite (tests/align/test_layers.py)
-_LOOPED_ROWS = 32
+_LOOPED_ROWS = {torch.float32: 32, torch.bfloat16: 64}  # of compiled decoding, at most; past it products are faster
 
 
 class LoRALinear(PeftLinear):
@@ -42,7 +40,7 @@ class LoRALinear(PeftLinear):
         if torch.is_grad_enabled():
             return _LoRAProduct.apply(x, weight_OI, base.bias, a_RI, b_OR, scale)
         x_NI = x.reshape(-1, x.shape[-1])
-        is_looped = x.device.type == "cpu" and x.dtype == torch.float32 and len(x_NI) <= _LOOPED_ROWS
+        is_looped = x.device.type == "cpu" and len(x_NI) <= _LOOPED_ROWS.get(x.dtype, 0)
         if torch.compiler.is_compiling() and is_looped:
             y_NO = _looped_product(x_NI, weight_OI, base.bias, a_RI, b_OR, scale)
         else:
@@ -121,7 +119,7 @@ def _looped_product(
     x_IN = x_NI.t()
     low_RN = (a_RI[:, :, None] * x_IN).sum(1)
     y_ON = torch.mm(weight_OI, x_IN) + scale * (b_OR[:, :, None] * low_RN).sum(1)
-    return (y_ON if bias is None else y_ON + bias[:, None]).t()
+    return (y_ON if bias is None else y_ON + bias[:, None]).t().to(x_NI.dtype)
 
 
 class _LoRAProduct(torch.autograd.Function):
