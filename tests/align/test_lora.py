@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor
+from torch._inductor.utils import run_fw_bw_and_get_code
 
 from align import lora
 from align.adapters import AdaptedModel
@@ -90,6 +91,28 @@ def test_compiled_without_gradients_few_rows_take_loops_and_many_take_products(
             tolerance = 1e-5 if dtype == "float32" else 0.02  # bfloat16 rounds by a 256th, here twice
             torch.testing.assert_close(compiled(x_N1I), layer(x_N1I), rtol=tolerance, atol=2 * tolerance)
             assert bool(looped) == (rows < 100)
+
+
+@pytest.mark.slow
+def test_compiled_for_learning_the_low_rank_part_is_added_in_place_and_gives_the_same_gradients() -> None:
+    """A compiler of its own accord copies each sum first: a twentieth of the time of learning."""
+    model = with_adapters("llama", "policy")
+    layer = model.trunk.get_submodule("layers.0.mlp.down_proj")
+    compiled = torch.compile(layer, dynamic=True)
+    x = torch.randn(40, 64, requires_grad=True)
+    with model.role("policy", train=True):
+        parameters = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+        out, codes = run_fw_bw_and_get_code(lambda: compiled(x).square())
+        plain = layer(x).square()
+        expected = torch.autograd.grad(plain.sum(), parameters)
+    torch.testing.assert_close(out, plain, rtol=1e-5, atol=1e-5)
+    for parameter, true in zip(parameters, expected, strict=True):
+        torch.testing.assert_close(parameter.grad, true, rtol=1e-4, atol=1e-5)
+    assert len(parameters) == 3
+    assert len(codes) == 2
+    for code in codes:
+        assert code.count("align.add_product_.default(") == 1
+        assert "extern_kernels.addmm(" not in code
 
 
 def test_what_is_kept_for_the_backward_pass_is_the_input_once_and_its_low_rank_image() -> None:
