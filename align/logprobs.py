@@ -100,7 +100,7 @@ class _Sums:
 
 def _product(values_NT: Tensor, slope_NT: Tensor | None, weight_TH: Tensor) -> Tensor:
     values_NT = values_NT if slope_NT is None else values_NT * slope_NT
-    return torch.mm(values_NT.to(weight_TH.dtype), weight_TH)
+    return frozen_product(values_NT.to(weight_TH.dtype), weight_TH.t())
 
 
 class _Walk(torch.autograd.Function):

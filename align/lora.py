@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from align.config import AdaptersConfig
 from align.errors import ConfigError, ModelError
-from align.products import frozen_product
+from align.products import add_product, frozen_linear, frozen_product
 
 _LOOPED_ROWS = {torch.float32: 32, torch.bfloat16: 64}  # of compiled decoding, at most; past it products are faster
 
@@ -29,12 +29,13 @@ class LoRALinear(PeftLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         active = [name for name in self.active_adapters if name in self.lora_A]
+        base = cast(nn.Linear, self.base_layer)
+        weight_OI = base.weight.t() if isinstance(base, Conv1D) else base.weight
         if self.disable_adapters or not active:
-            return self.base_layer(x, *args, **kwargs)
-        name, base = active[0], cast(nn.Linear, self.base_layer)
+            return frozen_linear(x, weight_OI, base.bias)
+        name = active[0]
         if len(active) > 1 or args or kwargs or not self._is_plain(name):
             return super().forward(x, *args, **kwargs)
-        weight_OI = base.weight.t() if isinstance(base, Conv1D) else base.weight
         low, high = cast(nn.Linear, self.lora_A[name]), cast(nn.Linear, self.lora_B[name])
         a_RI, b_OR, scale = low.weight, high.weight, self.scaling[name]
         if torch.is_grad_enabled():
@@ -109,26 +110,7 @@ def _product(
     """y (N, O) and x Aᵀ (N, R), both in the dtype of x."""
     y_NO = frozen_product(x_NI, weight_OI, bias)
     low_NR = torch.mm(x_NI, a_RI.to(x_NI.dtype).t())
-    return _add_product(y_NO, low_NR, b_OR.to(x_NI.dtype).t(), scale), low_NR
-
-
-def _add_product(sum_NO: Tensor, left_NR: Tensor, right_RO: Tensor, scale: float) -> Tensor:
-    """sum += scale · left right, in place. A compiler makes a copy of the sum first, unless it is told as here."""
-    if torch.compiler.is_compiling():
-        torch.ops.align.add_product_(sum_NO, left_NR, right_RO, scale)
-        return sum_NO
-    return sum_NO.addmm_(left_NR, right_RO, alpha=scale)
-
-
-def _add_product_op(total: Tensor, left: Tensor, right: Tensor, scale: float) -> None:
-    total.addmm_(left, right, alpha=scale)
-
-
-# torch.library.custom_op says the same in one line, and costs 0.1 ms a call
-_LIBRARY = torch.library.Library("align", "DEF")
-_LIBRARY.define("add_product_(Tensor(a!) total, Tensor left, Tensor right, float scale) -> ()")
-_LIBRARY.impl("add_product_", _add_product_op, "CompositeExplicitAutograd")
-torch.library.register_fake("align::add_product_", lambda *_: None, lib=_LIBRARY)
+    return add_product(y_NO, low_NR, b_OR.to(x_NI.dtype).t(), scale), low_NR
 
 
 def _looped_product(
@@ -163,7 +145,7 @@ class _LoRAProduct(torch.autograd.Function):
         low_g_NR = torch.mm(g_NO, b_OR.to(g_NO.dtype))
         dx = da_RI = db_OR = None
         if ctx.needs_input_grad[0]:
-            dx_NI = _add_product(torch.mm(g_NO, weight_OI), low_g_NR, a_RI.to(g_NO.dtype), ctx.scale)
+            dx_NI = add_product(frozen_product(g_NO, weight_OI.t()), low_g_NR, a_RI.to(g_NO.dtype), ctx.scale)
             dx = dx_NI.view(*gradient.shape[:-1], -1)
         if ctx.needs_input_grad[3]:
             da_RI = torch.mm(low_g_NR.t(), x_NI).to(a_RI.dtype).mul_(ctx.scale)

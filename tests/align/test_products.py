@@ -1,14 +1,25 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from align import products
 from align.base import native_dtype
-from align.products import bound_kernel_caches, frozen_product
+from align.products import bound_kernel_caches, frozen_linear, frozen_product
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
 
+@pytest.fixture(params=[False, pytest.param(True, marks=needs_onednn)], ids=["torch's", "oneDNN"])
+def _library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each maker's choice of a library, whoever made this CPU."""
+    monkeypatch.setattr(products, "_USES_ONEDNN", request.param)
+
+
+@pytest.mark.usefixtures("_library")
 @pytest.mark.parametrize("num_rows", [1, 32, 33])
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -20,6 +31,38 @@ def test_few_rows_or_many_it_is_the_linear_layer(num_rows: int, has_bias: bool, 
     found_NO = frozen_product(x_NI, weight_OI, bias_O if has_bias else None)
     torch.testing.assert_close(found_NO, torch.nn.functional.linear(x_NI, weight_OI, bias_O if has_bias else None))
     assert found_NO.is_contiguous()
+
+
+@pytest.mark.usefixtures("_library")
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_frozen_layer_passes_the_linear_layers_gradient_on(has_bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight_OI, bias_O = (torch.randn(shape, generator=generator) for shape in ((3, 4, 7), (5, 7), (5,)))
+    found, expected = x.clone().requires_grad_(), x.clone().requires_grad_()
+    said = frozen_linear(found, weight_OI, bias_O if has_bias else None)
+    meant = torch.nn.functional.linear(expected, weight_OI, bias_O if has_bias else None)
+    torch.testing.assert_close(said, meant)
+    for out in (said, meant):
+        out.square().sum().backward()
+    torch.testing.assert_close(found.grad, expected.grad)
+
+
+@needs_onednn
+def test_a_compiler_leaves_onednns_product_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_USES_ONEDNN", True)
+    generator = torch.Generator().manual_seed(0)
+    x_NI, weight_OI = (torch.randn(shape, generator=generator) for shape in ((40, 7), (5, 7)))
+    compiled = torch.compile(lambda x, w: frozen_product(x, w) + 1, dynamic=True)
+    assert torch.equal(compiled(x_NI, weight_OI), frozen_product(x_NI, weight_OI) + 1)
+
+
+def test_amds_cores_are_known_by_what_the_kernel_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for vendor, is_amd in (("AuthenticAMD", True), ("GenuineIntel", False), (None, False)):
+        told = tmp_path / str(vendor)
+        if vendor is not None:
+            told.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
+        monkeypatch.setattr(products, "_CPU_INFO", told)
+        assert products._is_made_by_amd() == is_amd  # pyright: ignore[reportPrivateUsage]
 
 
 # ---- kernels that are kept ----
