@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from align.adapters import AdaptedModel
 from align.rewards import REWARD
@@ -59,8 +60,9 @@ def count() -> Counts:
     ctypes.CDLL(None).malloc_trim(0)  # what freed activations leave behind would look like a copy
     resident, peak = resident_bytes(os.getpid())
     objects = gc.get_objects()
-    # type(), not isinstance(): that would wake lazily imported modules
-    tensors = storages(o for o in objects if issubclass(type(o), Tensor))
+    # type(), not isinstance(): that would wake lazily imported modules. A compiler's fake tensors hold no bytes.
+    kinds = ((o, type(o)) for o in objects)
+    tensors = storages(o for o, kind in kinds if issubclass(kind, Tensor) and not issubclass(kind, FakeTensor))
     modules = [o for o in objects if issubclass(type(o), nn.Module)]
     own = storages(t for m in modules for t in (*m.parameters(recurse=False), *m.buffers(recurse=False)))
     optimizers = [o for o in objects if issubclass(type(o), torch.optim.Optimizer)]
