@@ -50,7 +50,7 @@ def test_a_reward_function_is_learnt_with_each_advantage_and_kl_placement(
     summary, lines = aligned(tmp_path, "run.stages=[ppo]", *LEARNS, LETTERS, *options)
     assert lines[0]["objective/score"] < 0.3
     assert lines[-1]["objective/score"] > 0.5  # 0.6, by one CPU's rounding or another's a little more or less
-    assert summary["eval"]["score_ppo"] > 0.5 > 0.3 > summary["eval"]["score_sft"]
+    assert summary["eval"]["score_ppo"] > 0.6 > 0.3 > summary["eval"]["score_sft"]
 
 
 def test_a_classifier_is_learnt(tmp_path: Path) -> None:
