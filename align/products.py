@@ -24,12 +24,13 @@ def bound_kernel_caches() -> None:
         os.environ.setdefault(name, str(_KERNELS))
 
 
-def _is_made_by_amd() -> bool:
+def is_made_by_amd() -> bool:
+    """Whether this machine's CPU is AMD's, which asks for other choices than Intel's with the same instructions."""
     return _CPU_INFO.is_file() and "AuthenticAMD" in _CPU_INFO.read_text()
 
 
 # torch gives float32 products to MKL; on AMD's cores the oneDNN that torch brings too is up to 1.8 times as fast
-_USES_ONEDNN = torch.backends.mkldnn.is_available() and _is_made_by_amd()
+_USES_ONEDNN = torch.backends.mkldnn.is_available() and is_made_by_amd()
 
 
 def frozen_product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:

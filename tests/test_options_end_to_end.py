@@ -38,9 +38,15 @@ def aligned(folder: Path, *overrides: str) -> tuple[dict[str, Any], list[dict[st
     "options",
     [
         ("ppo.advantage.estimator=gae", "ppo.kl.place=reward"),
-        ("ppo.advantage.estimator=rloo", "ppo.rollout.responses_per_prompt=4", "ppo.kl.place=loss"),
-        ("ppo.advantage.estimator=grpo", "ppo.rollout.responses_per_prompt=4", "ppo.kl.place=loss",
-         "ppo.kl.estimator=k3"),
+        pytest.param(
+            ("ppo.advantage.estimator=rloo", "ppo.rollout.responses_per_prompt=4", "ppo.kl.place=loss"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ("ppo.advantage.estimator=grpo", "ppo.rollout.responses_per_prompt=4", "ppo.kl.place=loss",
+             "ppo.kl.estimator=k3"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["gae, k1 in the reward", "rloo, k2 in the loss", "grpo, k3 in the loss"],
 )  # fmt: skip
@@ -62,17 +68,14 @@ def test_a_classifier_is_learnt(tmp_path: Path) -> None:
     assert summary["eval"]["score_ppo"] > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
         ("sure", ("ppo.critic.kind=adapter",)),
-        pytest.param("soft", (), marks=pytest.mark.slow),
-        pytest.param(
-            "ties", ("reward.objective.kind=rao-kupper", "ppo.optimizer.learning_rate=2e-2"), marks=pytest.mark.slow
-        ),
-        pytest.param(
-            "unpaired", ("reward.objective.kind=unpaired", "ppo.rewards.normalize=running"), marks=pytest.mark.slow
-        ),
+        ("soft", ()),
+        ("ties", ("reward.objective.kind=rao-kupper", "ppo.optimizer.learning_rate=2e-2")),
+        ("unpaired", ("reward.objective.kind=unpaired", "ppo.rewards.normalize=running")),
         ("sure", ("reward.ensemble=2", "ppo.rewards.ensemble=min")),
     ],
     ids=["bradley-terry", "soft labels", "rao-kupper", "unpaired", "ensemble of two"],

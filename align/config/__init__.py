@@ -55,7 +55,7 @@ class BaseModelConfig(Section):
     )
     revision: str | None = Field(default=None, description="of a hub id: a commit, tag or branch")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="float32", description="auto: bfloat16 where the device computes in it natively, else float32"
+        default="float32", description="auto: bfloat16 where the device computes faster in it, else float32"
     )
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = Field(

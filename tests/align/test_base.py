@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MambaConfig, MambaForCausalLM
 
 import align.embedded
+from align import products
 from align.artifacts import sha256_of_file
 from align.base import load_base, load_count, resolve_base
 from align.config import BaseModelConfig
@@ -205,12 +206,22 @@ def test_the_embedded_model_is_converted_once(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("capabilities", "expected"),
-    [({}, torch.float32), ({"avx512_f": True}, torch.float32), ({"avx512_bf16": True}, torch.bfloat16)],
+    ("capabilities", "maker", "expected"),
+    [
+        (set(), "GenuineIntel", torch.float32),
+        ({"avx512_f"}, "AuthenticAMD", torch.float32),
+        ({"avx512_f", "avx512_bf16"}, "AuthenticAMD", torch.bfloat16),
+        ({"avx512_f", "avx512_bf16"}, "GenuineIntel", torch.float32),
+        ({"avx512_f", "avx512_bf16", "amx_bf16"}, "GenuineIntel", torch.bfloat16),
+        ({"bf16"}, "ARM", torch.bfloat16),
+    ],
 )
-def test_dtype_auto_is_bfloat16_where_the_cpu_is_native_in_it(
-    capabilities: dict[str, bool], expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+def test_dtype_auto_is_bfloat16_where_the_cpu_is_faster_in_it(
+    capabilities: set[str], maker: str, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    told = tmp_path / "cpuinfo"
+    told.write_text(f"vendor_id\t: {maker}\n")
+    monkeypatch.setattr(products, "_CPU_INFO", told)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(capabilities, True))
     base = load_base(BaseModelConfig(model="tiny:llama", dtype="auto", device="cpu"))
     assert base.dtype == base.model.dtype == expected
