@@ -140,7 +140,7 @@ def load_base(config: BaseModelConfig) -> Base:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ModelError("base.device: cuda was asked for, and torch sees no CUDA device; use auto or cpu")
     device = find_device(config)
-    dtype = native_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
+    dtype = auto_dtype(device) if config.dtype == "auto" else getattr(torch, config.dtype)
     if config.trust_remote_code:
         logging.getLogger(__name__).warning(
             "base.trust_remote_code is on: Python code that comes with %s runs on this machine", config.model
@@ -165,8 +165,8 @@ def find_device(config: BaseModelConfig) -> "torch.device":
     return torch.device("cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def native_dtype(device: "torch.device") -> "torch.dtype":
-    """bfloat16 where products in it are the faster ones.
+def auto_dtype(device: "torch.device") -> "torch.dtype":
+    """What `base.dtype: auto` stands for: bfloat16 where products in it are the faster ones, else float32.
 
     A CPU that only emulates it takes five times as long. AMX computes in it several times as fast as in float32, and so
     do AMD's cores with AVX-512's instructions for it; Intel's, where a virtual machine hides AMX, have the same
@@ -177,12 +177,11 @@ def native_dtype(device: "torch.device") -> "torch.dtype":
     from align.products import is_made_by_amd
 
     if device.type == "cuda":
-        is_native = torch.cuda.is_bf16_supported(including_emulation=False)
+        is_faster = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        capabilities = torch.cpu.get_capabilities()
-        names = ("amx_bf16", "bf16", "avx512_bf16") if is_made_by_amd() else ("amx_bf16", "bf16")
-        is_native = any(capabilities.get(name, False) for name in names)
-    return torch.bfloat16 if is_native else torch.float32
+        has = torch.cpu.get_capabilities().get
+        is_faster = has("amx_bf16") or has("bf16") or (has("avx512_bf16") and is_made_by_amd())
+    return torch.bfloat16 if is_faster else torch.float32
 
 
 def load_codec(config: BaseModelConfig, *, system_prompt: str | None) -> Codec:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from align.base import find_device, load_model_config, native_dtype
+from align.base import auto_dtype, find_device, load_model_config
 from align.config import AdaptersConfig, BaseModelConfig
 from align.errors import ModelError
 from align.lora import lora_config
@@ -26,7 +26,7 @@ def read_shape(base: BaseModelConfig, adapters: AdaptersConfig, *, for_gpu: bool
     """
     config, device = load_model_config(base), find_device(base)
     # A plan for a GPU may be made where there is none: then auto is what GPUs of today would choose
-    auto = torch.bfloat16 if for_gpu and device.type != "cuda" else native_dtype(device)
+    auto = torch.bfloat16 if for_gpu and device.type != "cuda" else auto_dtype(device)
     return shape_of(config, adapters, auto_dtype=auto, trust_remote_code=base.trust_remote_code)
 
 
