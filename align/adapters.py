@@ -16,6 +16,7 @@ from peft import LoraConfig, LoraModel, PeftModel, get_peft_model_state_dict, se
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import Cache
 
 from align.base import Base
 from align.config import AdaptersConfig
@@ -23,6 +24,7 @@ from align.errors import ArtifactError, InvariantError, ModelError
 from align.layers import DecoderLayers
 from align.logprobs import LMHead
 from align.lora import LoRALinear, lora_config, use_lora_product
+from align.packing import PackedRows, last_hidden, longest_packed
 from align.randomness import stage_seed
 
 RAW_BASE = "base"  # the role with every adapter off: never the reference (that is the frozen sft adapter)
@@ -40,8 +42,11 @@ class AdaptedModel:
         self._peft: PeftModel | None = None
         self._role: tuple[str, bool] = (RAW_BASE, False)
         self._decoder = DecoderLayers(self.trunk, is_compiled=False)
+        self._longest_packed: float = 0  # tokens of a row
         self._list_parameters()
         _verify_trunk_and_head(self)  # against the model's own forward, so not compiled
+        config = base.model.config.get_text_config()
+        self._longest_packed = longest_packed(self.trunk, config, device=base.device, dtype=base.dtype)
         if base.is_compiled:
             self._decoder = DecoderLayers(self.trunk, is_compiled=True)
 
@@ -209,16 +214,33 @@ class AdaptedModel:
 
     # ---- what is computed ----
 
-    def hidden(self, ids_BS: Tensor, *, is_checkpointed: bool = False) -> Tensor:
+    def hidden(self, ids_BS: Tensor, is_token_BS: Tensor | None = None, *, is_checkpointed: bool = False) -> Tensor:
         """Last hidden states (B, S, H) in the base's dtype of right-padded sequences, under the present role.
 
         No mask: a causal model's tokens never look at the padding behind them. What stands at padding is arbitrary.
 
         Args:
+            is_token_BS: bool, False at padding; None if there is none.
             is_checkpointed: keep only each layer's input for the backward pass, and compute the rest again there.
         """
         own = [parameter for _, parameter, adapter in self._parameters if adapter == self._role[0]]
-        return self._decoder.hidden(ids_BS, own, is_checkpointed=is_checkpointed)
+        packing = None if self.base.is_compiled else self._packing(ids_BS, is_token_BS)
+        return self._decoder.hidden(ids_BS, own, packing, is_checkpointed=is_checkpointed)
+
+    def plain_hidden(self, ids_BS: Tensor, is_token_BS: Tensor, *, cache: Cache | None = None) -> Tensor:
+        """As `hidden`, by the layers as trainers and entering prompts have them: not compiled, and checkpointed if a
+        trainer says so. An empty `cache` takes the keys and values."""
+        # what is drawn for each token would be drawn once for several
+        packing = None if self._has_dropout_at_work() else self._packing(ids_BS, is_token_BS)
+        return last_hidden(self.trunk, ids_BS, packing, past_key_values=cache, use_cache=cache is not None)
+
+    def _has_dropout_at_work(self) -> bool:
+        trunk = self.trunk
+        return trunk.training and any(isinstance(module, nn.Dropout) and module.p > 0 for module in trunk.modules())
+
+    def _packing(self, ids_BS: Tensor, is_token_BS: Tensor | None) -> PackedRows | None:
+        is_token_BS = torch.ones_like(ids_BS, dtype=torch.bool) if is_token_BS is None else is_token_BS
+        return PackedRows.of(ids_BS, is_token_BS) if ids_BS.shape[1] <= self._longest_packed else None
 
     def step(self, cache: object, windows: Sequence[object], **inputs: Tensor) -> Tensor:
         """Last hidden states (B, 1, H) of one more token of two rows or more, by compiled layers (base.is_compiled)."""

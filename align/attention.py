@@ -18,6 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from align import packing
+
 _NAME = "align_sdpa"
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -35,7 +37,9 @@ def use_own_attention(model: PreTrainedModel) -> None:
 def _mask(
     batch_size: int, q_length: int, kv_length: int, *args: Any, attention_mask: Tensor | None = None, **options: Any
 ) -> Tensor | None:
-    """What `sdpa_mask` makes of it; padding on the right of whole rows needs no mask."""
+    """What `sdpa_mask` makes of it; padding on the right of whole rows needs no mask, packed or not."""
+    if packing.present() is not None:
+        return None
     if (
         attention_mask is not None
         and q_length == kv_length == attention_mask.shape[-1]
@@ -50,7 +54,18 @@ def _mask(
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:
-    """query (B, heads, S, D), key and value (B, groups, L, D), mask (B, 1, S, L) → (B, S, heads, D)."""
+    """query (B, heads, S, D), key and value (B, groups, L, D), mask (B, 1, S, L) → (B, S, heads, D). Packed rows
+    come as (1, heads, N, D), and go as (1, N, heads, D)."""
+    packed = packing.present()
+    if packed is None:
+        return _attend_rows(module, query, key, value, attention_mask, **options)
+    query, key, value = (packed.unpack(states, dim=2) for states in (query, key, value))
+    return packed.pack(_attend_rows(module, query, key, value, attention_mask, **options)[0]), None
+
+
+def _attend_rows(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
     batch, num_heads, length, _ = query.shape
     num_groups = key.shape[1]
     if _goes_back_in_float32(module, query, key, value, attention_mask, options):

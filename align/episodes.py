@@ -77,7 +77,7 @@ def policy_pass(
     is_checkpointed: bool = False,
 ) -> PolicyPass:
     """Logprobs of the response tokens under the present role, with values from the same trunk if a head is given."""
-    hidden_BSH = model.hidden(batch.ids_BS, is_checkpointed=is_checkpointed)
+    hidden_BSH = model.hidden(batch.ids_BS, batch.is_token_BS, is_checkpointed=is_checkpointed)
     is_response_BT = batch.is_response_BT
     positions_BT = batch.response_positions_BT
     rows_N, steps_N = is_response_BT.nonzero(as_tuple=True)
@@ -103,9 +103,10 @@ def text_pass(
     model: AdaptedModel, rows: Sequence[TokenizedDemonstration], *, pad_id: int, is_checkpointed: bool = False
 ) -> Tensor:
     """Logprobs (N,) float32 of the learnt tokens of all rows together, under the present role, at temperature 1."""
-    ids_BS, _ = right_pad([row.ids for row in rows], pad_id, model.device)
+    ids_BS, is_token_BS = right_pad([row.ids for row in rows], pad_id, model.device)
     is_learnt_BS, _ = right_pad([row.is_response for row in rows], 0, model.device)
-    return learnt_logprobs(model, model.hidden(ids_BS, is_checkpointed=is_checkpointed), ids_BS, is_learnt_BS)
+    hidden_BSH = model.hidden(ids_BS, is_token_BS, is_checkpointed=is_checkpointed)
+    return learnt_logprobs(model, hidden_BSH, ids_BS, is_learnt_BS)
 
 
 def learnt_logprobs(model: AdaptedModel, hidden_BSH: Tensor, ids_BS: Tensor, is_learnt_BS: Tensor) -> Tensor:
@@ -116,13 +117,13 @@ def learnt_logprobs(model: AdaptedModel, hidden_BSH: Tensor, ids_BS: Tensor, is_
 
 def value_pass(model: AdaptedModel, head: ScalarHead, batch: EpisodeBatch, *, is_checkpointed: bool = False) -> Tensor:
     """Values (B, T) float32 of the state before each response token, under the present role; padding holds 0."""
-    hidden_BSH = model.hidden(batch.ids_BS, is_checkpointed=is_checkpointed)
+    hidden_BSH = model.hidden(batch.ids_BS, batch.is_token_BS, is_checkpointed=is_checkpointed)
     rows_B1 = torch.arange(len(hidden_BSH), device=hidden_BSH.device)[:, None]
     return head(hidden_BSH[rows_B1, batch.response_positions_BT - 1])[..., 0] * batch.is_response_BT
 
 
 def score_pass(model: AdaptedModel, head: ScalarHead, batch: EpisodeBatch) -> Tensor:
     """The reward model's score (B,) float32 at the real last token of each episode, under the present role."""
-    hidden_BSH = model.hidden(batch.ids_BS)
+    hidden_BSH = model.hidden(batch.ids_BS, batch.is_token_BS)
     last_B = batch.prompt_length_B + batch.response_length_B - 1
     return head(hidden_BSH[torch.arange(len(last_B), device=last_B.device), last_B])[:, 0]

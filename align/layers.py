@@ -14,6 +14,8 @@ from torch._inductor import config as inductor_config
 from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakIdKeyDictionary
 
+from align.packing import PackedRows, last_hidden, packed_again
+
 _MAX_GRAPHS = 64  # of one compiled layer: one for each adapter; past it torch goes on uncompiled
 _Call = Callable[..., Any]
 
@@ -50,12 +52,14 @@ class DecoderLayers:
         self._num_frozen = has_adapter.index(True) if True in has_adapter else 0
         self._said.clear()
 
-    def hidden(self, ids_BS: Tensor, own: Sequence[nn.Parameter], *, is_checkpointed: bool) -> Tensor:
+    def hidden(
+        self, ids_BS: Tensor, own: Sequence[nn.Parameter], packing: PackedRows | None, *, is_checkpointed: bool
+    ) -> Tensor:
         """The trunk's last hidden states (B, S, H); `own` are the present role's parameters."""
         is_learning = torch.is_grad_enabled()
         forms = self._calls
         if is_learning and is_checkpointed:
-            forms = [partial(checkpoint, call, use_reentrant=False) for call in forms]
+            forms = [partial(checkpoint, call, use_reentrant=False, context_fn=packed_again) for call in forms]
         elif self._is_compiled and not is_learning:
             forms = [partial(_cut_off, call) for call in forms]
         below = slice(self._num_frozen)
@@ -66,7 +70,7 @@ class DecoderLayers:
             last = partial(self._remember, ids_BS, self._calls[below][-1])
             forms = [*self._calls[below][:-1], last, *forms[self._num_frozen :]]
         with self._called_as(forms), _as_if_learning(own, is_forced=self._is_compiled):
-            hidden_BSH = self._trunk(input_ids=ids_BS, use_cache=False).last_hidden_state
+            hidden_BSH = last_hidden(self._trunk, ids_BS, packing, use_cache=False)
         return hidden_BSH if is_learning else hidden_BSH.detach()
 
     def step(self, cache: object, windows: Sequence[object], **inputs: Any) -> Tensor:

@@ -16,7 +16,8 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from align.adapters import AdaptedModel
-from data.batching import left_pad
+from align.packing import present
+from data.batching import right_pad
 
 
 class Slots:
@@ -39,7 +40,7 @@ class Slots:
         self._num_columns = max_prompt + max_response * (2 if is_refilled else 1)
         self._column = max_prompt  # that the next token is written to
         self._starts: list[int] = []  # of each slot in use: its row's first column
-        self._entering: Tensor | None = None  # while prompts enter: which of them each new slot takes
+        self._entering: _Entering | None = None
         self._tensors: list[Tensor] = []  # keys and values of every layer: (slots, groups, columns, D)
         self._cache = Cache(layer_class_to_replicate=lambda: _Layer(self))  # type: ignore[arg-type]
 
@@ -53,11 +54,15 @@ class Slots:
             The last hidden states (len(prompts), H).
         """
         places = {ids: place for place, ids in enumerate(dict.fromkeys(prompts))}
-        self._entering = torch.tensor([places[ids] for ids in prompts], device=self._model.device)
-        ids_BS, is_token_BS = left_pad(list(places), pad_id, self._model.device)
-        position_ids = (is_token_BS.long().cumsum(-1) - 1).clamp(min=0)
-        hidden_BH = self._hidden(ids_BS, is_token_BS, position_ids)[self._entering]
+        device = self._model.device
+        ids_PS, is_token_PS = right_pad(list(places), pad_id, device)
+        rows_B1 = torch.tensor([[places[ids]] for ids in prompts], device=device)
+        lengths_B1 = torch.tensor([[len(ids)] for ids in prompts], device=device)
+        ends_alike_BS = torch.arange(ids_PS.shape[1], device=device) - (ids_PS.shape[1] - lengths_B1)
+        self._entering = _Entering(rows_B1, ends_alike_BS.clamp(min=0))
+        hidden_PSH = self._model.plain_hidden(ids_PS, is_token_PS, cache=self._cache)
         self._entering = None
+        hidden_BH = hidden_PSH[rows_B1, lengths_B1 - 1][:, 0]
         self._starts += [self._column - len(ids) for ids in prompts]
         return hidden_BH
 
@@ -68,10 +73,17 @@ class Slots:
         device = self._model.device
         starts_B1 = torch.tensor(self._starts, device=device)[:, None]
         columns_L = torch.arange(self._first, self._column + 1, device=device)
-        ids_B1 = torch.tensor(tokens, device=device)[:, None]
-        hidden_BH = self._hidden(ids_B1, columns_L >= starts_B1, self._column - starts_B1)
+        inputs = {
+            "input_ids": torch.tensor(tokens, device=device)[:, None],
+            "attention_mask": columns_L >= starts_B1,
+            "position_ids": self._column - starts_B1,
+        }
+        if self._model.base.is_compiled and len(self) > 1:  # a single row has another graph
+            hidden_B1H = self._model.step(self._cache, self._windows(), **inputs)
+        else:
+            hidden_B1H = self._model.trunk(past_key_values=self._cache, use_cache=True, **inputs).last_hidden_state
         self._column += 1
-        return hidden_BH
+        return hidden_B1H[:, -1]
 
     def leave(self, is_done: Sequence[bool]) -> list[int]:
         """Free the slots of rows that are done; the last rows move into the gaps.
@@ -95,12 +107,6 @@ class Slots:
     @property
     def _first(self) -> int:
         return min(self._starts)
-
-    def _hidden(self, ids_BS: Tensor, is_token_BL: Tensor, position_ids_BS: Tensor) -> Tensor:
-        inputs = {"input_ids": ids_BS, "attention_mask": is_token_BL, "position_ids": position_ids_BS}
-        if self._model.base.is_compiled and self._entering is None and len(self) > 1:  # a single row has another graph
-            return self._model.step(self._cache, self._windows(), **inputs)[:, -1]
-        return self._model.trunk(past_key_values=self._cache, use_cache=True, **inputs).last_hidden_state[:, -1]
 
     def _window(self, cached: Tensor) -> Tensor:
         """What the queries of a step see; its last column is the one to be written."""
@@ -130,9 +136,12 @@ class Slots:
     def store(self, cached: Tensor, new: Tensor) -> Tensor:
         """Write keys or values (B, groups, S, D); returns those that the queries see."""
         if self._entering is not None:
-            used = len(self)
-            place = slice(self._column - new.shape[2], self._column)
-            cached[used : used + len(self._entering), :, place] = new[self._entering]
+            packing = present()
+            rows = new if packing is None else packing.unpack(new, dim=2)
+            used, entering = len(self), self._entering
+            place = slice(self._column - rows.shape[2], self._column)
+            moved = rows.transpose(1, 2)[entering.rows_B1, entering.tokens_BS].transpose(1, 2)
+            cached[used : used + len(moved), :, place] = moved
             return new
         window = self._window(cached)
         window[:, :, -1:] = new
@@ -141,6 +150,14 @@ class Slots:
     def seen(self) -> int:
         """Columns before the present tokens that their queries see."""
         return 0 if self._entering is not None else self._column - self._first
+
+
+@dataclass(frozen=True)
+class _Entering:
+    """How prompts that are computed side by side, each once and padded on the right, come to end in one column."""
+
+    rows_B1: Tensor  # which of them each new slot takes
+    tokens_BS: Tensor  # which token of it each column takes; any before its first column
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Batches of token sequences: composed by length, padded on either side. The only module of `data` that uses torch."""
+"""Batches of token sequences: composed by length, padded on the right. The only module of `data` that uses torch."""
 
 from collections.abc import Sequence
 
@@ -14,25 +14,9 @@ def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[
 
 def right_pad(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """(ids_BS int64, is_token_BS bool), tokens first; padding holds `pad_id` and False."""
-    return _pad(sequences, pad_id, device, is_left=False)
-
-
-def left_pad(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-    """(ids_BS int64, is_token_BS bool), tokens last; padding holds `pad_id` and False."""
-    return _pad(sequences, pad_id, device, is_left=True)
-
-
-def _pad(
-    sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device | str, *, is_left: bool
-) -> tuple[Tensor, Tensor]:
     width = max((len(sequence) for sequence in sequences), default=0)
-    rows: list[list[int]] = []
-    is_token: list[list[bool]] = []
-    for sequence in sequences:
-        padding = width - len(sequence)
-        row, real = list(sequence), [True] * len(sequence)
-        rows.append([pad_id] * padding + row if is_left else row + [pad_id] * padding)
-        is_token.append([False] * padding + real if is_left else real + [False] * padding)
+    rows = [[*sequence, *[pad_id] * (width - len(sequence))] for sequence in sequences]
+    is_token = [[True] * len(sequence) + [False] * (width - len(sequence)) for sequence in sequences]
     shape = (len(sequences), width)
     return (
         torch.tensor(rows, dtype=torch.int64, device=device).reshape(shape),

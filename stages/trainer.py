@@ -7,6 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from align.config import SupervisedConfig
 from align.context import StageContext
+from align.packing import packed_again
 from align.tracking import Tracker
 
 # What trainers log that is not reproducible (clocks), or says nothing: it stays out of metrics.jsonl.
@@ -78,6 +79,7 @@ def trainer_arguments(config: SupervisedConfig, context: StageContext, folder: P
         "max_length": None,  # rows are cut by us: TRL drops or cuts without counting
         "bf16": False,  # no autocast: the base has its dtype, adapters and heads are float32
         "gradient_checkpointing": config.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False, "context_fn": packed_again},
         "seed": context.seed,
         "data_seed": context.seed,
         "use_cpu": context.model.device.type == "cpu",

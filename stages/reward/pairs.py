@@ -51,7 +51,6 @@ class Pairs:
             {
                 "chosen_ids": [*row.prompt_ids, *row.chosen_ids],
                 "rejected_ids": [*row.prompt_ids, *row.rejected_ids],
-                "prompt_length": len(row.prompt_ids),
                 "labels": row.preference,
                 "margin": row.margin or 0.0,
                 "length": len(row.prompt_ids) + len(row.chosen_ids) + len(row.rejected_ids),

@@ -23,7 +23,7 @@ from align.restore import lent
 from data.tokenization import Codec
 from stages.continuation import TrainerCheckpoints, tokens_before, verify_epochs
 from stages.reward import objective
-from stages.reward.batches import Collator, batch_scores, can_share
+from stages.reward.batches import Collator, batch_scores
 from stages.reward.evidence import Evidence, Labels
 from stages.reward.scorer import Member, score, scorer_on_trunk
 from stages.trainer import ReportToTracker, trainer_arguments
@@ -66,7 +66,7 @@ class ScoreTrainer(RewardTrainer):
         losses_B = self._evidence.losses(scores_N, labels)
         penalties_B = objective.centering_penalties(self._evidence.sides(scores_N))
         self._step.append((scores_N.detach(), labels))
-        self._num_tokens += int(inputs["num_tokens"])
+        self._num_tokens += int(inputs["attention_mask"].sum())
         # Mean first, as TRL does: with whole micro-batches the bits are the same, and the share is 1 / their number
         return (losses_B.mean() + self._evidence.centering * penalties_B.mean()) / (num_items_in_batch / len(losses_B))
 
@@ -232,7 +232,7 @@ class Members:
                     **trainer_arguments(config, replace(context, seed=member.seed), folder),  # type: ignore[arg-type]
                     disable_dropout=False,  # adapters.dropout applies here too; TRL would set it to 0
                 ),
-                data_collator=Collator(codec.pad_id, model.base.dtype, can_share(model)),
+                data_collator=Collator(codec.pad_id),
                 train_dataset=Dataset.from_list(rows),  # type: ignore[arg-type]
                 processing_class=model.base.tokenizer,
                 callbacks=[report, best, kept],

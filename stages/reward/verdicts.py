@@ -49,7 +49,6 @@ class Verdicts:
             {
                 "chosen_ids": [*row.prompt_ids, *row.response_ids],
                 "rejected_ids": [],
-                "prompt_length": len(row.prompt_ids),
                 "labels": float(row.is_good),
                 "margin": 0.0,
                 "length": len(row.prompt_ids) + len(row.response_ids),

@@ -32,8 +32,8 @@ class NLLTrainer(SFTTrainer):
         if return_outputs or num_items_in_batch is None:
             raise InvariantError("the trainer evaluates, or did not count the tokens that its loss is divided by")
         ids_BS, mask_BS = inputs["input_ids"], inputs["attention_mask"]
-        outputs = self._resident.trunk(input_ids=ids_BS, attention_mask=mask_BS, use_cache=False)
-        logprobs_N = learnt_logprobs(self._resident, outputs.last_hidden_state, ids_BS, inputs["labels"] != -100)
+        hidden_BSH = self._resident.plain_hidden(ids_BS, mask_BS.bool())
+        logprobs_N = learnt_logprobs(self._resident, hidden_BSH, ids_BS, inputs["labels"] != -100)
         self._num_tokens += int(mask_BS.sum())
         return -logprobs_N.sum() / num_items_in_batch
 

@@ -59,7 +59,7 @@ def test_a_response_is_the_same_whatever_the_batch_size_and_whichever_others_are
 
 
 @pytest.mark.parametrize("shape", ["llama", "gpt2"])
-def test_under_left_padding_a_row_sees_the_positions_that_it_has_alone(shape: str) -> None:
+def test_prompts_of_many_lengths_see_the_positions_that_each_has_alone(shape: str) -> None:
     # Eight prompts of eight lengths side by side; each next token's logprob against a forward pass of that row alone
     model = with_adapters(shape, "sft")
     responses = respond(model, PROMPTS, uniforms(), temperature=1.0)
@@ -108,7 +108,7 @@ def test_any_listed_eos_stops_a_response() -> None:
 
 
 def watched_rows(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """(rows, tokens a row) of every forward pass from now on."""
+    """(rows, tokens a row) of every forward pass from now on; of packed rows (1, their tokens)."""
     shapes: list[tuple[int, int]] = []
     plain = type(model.trunk).forward
 
@@ -126,12 +126,12 @@ def test_rows_that_have_finished_leave_at_once_and_the_others_go_on_unchanged(mo
     alone = respond(model, PROMPTS, drawn, batch_size=1)
     shapes = watched_rows(model, monkeypatch)
     responses = respond(model, PROMPTS, drawn)
-    assert shapes == [(8, 8), (6, 1), (5, 1), (4, 1), (4, 1), (4, 1)]
+    assert shapes == [(1, 36), (6, 1), (5, 1), (4, 1), (4, 1), (4, 1)]
     assert [len(response.ids) for response in responses] == [3, 6, 1, 6, 2, 6, 6, 1]
     assert [response.ids for response in responses] == [response.ids for response in alone]
     shapes.clear()
     respond(model, PROMPTS, uniforms(ends=dict.fromkeys(range(8), 1)))
-    assert shapes == [(8, 8), (8, 1)]  # and when all have finished, nothing is computed any more
+    assert shapes == [(1, 36), (8, 1)]  # and when all have finished, nothing is computed any more
 
 
 def test_waiting_prompts_take_the_places_of_rows_that_have_finished(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ def test_waiting_prompts_take_the_places_of_rows_that_have_finished(monkeypatch:
     shapes = watched_rows(model, monkeypatch)
     responses = respond(model, PROMPTS[:5], drawn[:5], batch_size=2)
     # Two enter, the first ends at once; the third enters beside the second, and so on: never more than two decode
-    assert shapes[:4] == [(2, 2), (1, 3), (2, 1), (1, 4)]
+    assert shapes[:4] == [(1, 3), (1, 3), (2, 1), (1, 4)]
     assert max(rows for rows, tokens in shapes if tokens == 1) == 2
     assert sum(rows * tokens for rows, tokens in shapes) < 5 * (5 + 6)
     assert [r.ids for r in responses] == [r.ids for r in respond(model, PROMPTS[:5], drawn[:5], batch_size=1)]
@@ -177,7 +177,7 @@ def test_long_prompts_enter_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     alone = respond(model, PROMPTS, uniforms(), batch_size=1)
     shapes = watched_rows(model, monkeypatch)
     together = respond(model, PROMPTS, uniforms())
-    assert shapes[:6] == [(3, 3), (2, 5), (1, 6), (1, 7), (1, 8), (8, 1)]
+    assert shapes[:6] == [(1, 6), (2, 5), (1, 6), (1, 7), (1, 8), (8, 1)]
     assert [r.ids for r in together] == [r.ids for r in alone]
 
 

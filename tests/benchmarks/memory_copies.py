@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor, nn
+from transformers import Cache
 
 from align.adapters import AdaptedModel
 from align.logprobs import LMHead
@@ -63,5 +64,8 @@ class SeparateCopies(AdaptedModel):
     def tensors(self, name: str) -> dict[str, nn.Parameter]:
         return self._home(name).tensors(name)
 
-    def hidden(self, ids_BS: Tensor, *, is_checkpointed: bool = False) -> Tensor:
-        return self._present.hidden(ids_BS, is_checkpointed=is_checkpointed)
+    def hidden(self, ids_BS: Tensor, is_token_BS: Tensor | None = None, *, is_checkpointed: bool = False) -> Tensor:
+        return self._present.hidden(ids_BS, is_token_BS, is_checkpointed=is_checkpointed)
+
+    def plain_hidden(self, ids_BS: Tensor, is_token_BS: Tensor, *, cache: Cache | None = None) -> Tensor:
+        return self._present.plain_hidden(ids_BS, is_token_BS, cache=cache)

@@ -1,6 +1,6 @@
 import torch
 
-from data.batching import left_pad, length_sorted_batches, right_pad
+from data.batching import length_sorted_batches, right_pad
 
 
 def test_batches_are_sorted_by_length_and_equal_lengths_keep_their_order() -> None:
@@ -8,14 +8,11 @@ def test_batches_are_sorted_by_length_and_equal_lengths_keep_their_order() -> No
     assert length_sorted_batches([], 2) == []
 
 
-def test_padding_stands_on_the_side_asked_for_and_the_mask_comes_from_lengths() -> None:
+def test_padding_stands_on_the_right_and_the_mask_comes_from_lengths() -> None:
     sequences = [(7, 0), (5, 6, 7)]  # the first ends with the pad id itself
     ids_BS, is_token_BS = right_pad(sequences, 0, "cpu")
     assert ids_BS.tolist() == [[7, 0, 0], [5, 6, 7]]
     assert is_token_BS.tolist() == [[True, True, False], [True, True, True]]
-    ids_BS, is_token_BS = left_pad(sequences, 0, "cpu")
-    assert ids_BS.tolist() == [[0, 7, 0], [5, 6, 7]]
-    assert is_token_BS.tolist() == [[False, True, True], [True, True, True]]
     assert (ids_BS.dtype, is_token_BS.dtype) == (torch.int64, torch.bool)
 
 

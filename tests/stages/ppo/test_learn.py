@@ -42,11 +42,11 @@ def test_learning_takes_epochs_times_minibatches_steps_over_whole_micro_batches(
     seen: list[list[int]] = []
     plain = AdaptedModel.hidden
 
-    def watched(self: AdaptedModel, ids_BS: torch.Tensor, *, is_checkpointed: bool) -> torch.Tensor:
+    def watched(self: AdaptedModel, ids_BS: torch.Tensor, *others: torch.Tensor, **options: bool) -> torch.Tensor:
         if torch.is_grad_enabled():
             batches = [mb.batch.ids_BS for mb in lesson.rollout.micro_batches]
             seen[-1].append(next(i for i, own in enumerate(batches) if own is ids_BS))
-        return plain(self, ids_BS, is_checkpointed=is_checkpointed)
+        return plain(self, ids_BS, *others, **options)
 
     step = learner.step
 

@@ -128,10 +128,10 @@ def test_checkpointing_layers_changes_no_gradient(kind: str, monkeypatch: pytest
     asked: list[bool] = []
     plain = AdaptedModel.hidden
 
-    def watched(self: AdaptedModel, ids_BS: torch.Tensor, *, is_checkpointed: bool = False) -> torch.Tensor:
+    def watched(self: AdaptedModel, *rows: torch.Tensor, is_checkpointed: bool = False) -> torch.Tensor:
         if torch.is_grad_enabled():
             asked.append(is_checkpointed)
-        return plain(self, ids_BS, is_checkpointed=is_checkpointed)
+        return plain(self, *rows, is_checkpointed=is_checkpointed)
 
     monkeypatch.setattr(AdaptedModel, "hidden", watched)
     gradients = [

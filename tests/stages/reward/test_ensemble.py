@@ -66,7 +66,7 @@ def test_members_see_all_rows_in_orders_of_their_own(tmp_path: Path, monkeypatch
     model = resident()
     run(model, tmp_path, ensemble=2)
     first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
-    assert len(set(first)) == 8  # pairs, each a row
+    assert len(set(first)) == 16  # both responses of eight pairs
     assert sorted(first) == sorted(second)
     assert first != second
     assert model.checksum("reward-1") != model.checksum("reward-2")

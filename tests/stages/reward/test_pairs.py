@@ -22,7 +22,7 @@ def held_out(*rows: TokenizedComparison, settings: RewardObjectiveConfig = BRADL
 def test_a_batch_holds_the_chosen_rows_then_the_rejected_with_what_was_said() -> None:
     rows = Pairs.of([pair(3, 1, margin=2.0), pair(1, 2, preference=0.25)], [pair()], BRADLEY_TERRY).train_rows()
     assert [row["length"] for row in rows] == [6, 5]
-    batch = Collator(9, torch.float32, is_sharing=False)(rows)
+    batch = Collator(9)(rows)
     assert batch["input_ids"].tolist() == [[7, 7, 0, 1, 2], [7, 7, 0, 9, 9], [7, 7, 0, 9, 9], [7, 7, 0, 1, 9]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0]]
     assert batch["labels"].tolist() == [1.0, 0.25]

@@ -81,7 +81,7 @@ def steps_of(
     folder: Path,
     *,
     shape: str = "llama",
-    is_sharing: bool = False,
+    is_packed: bool = False,
     **settings: Any,
 ) -> Steps:
     """Train a fresh model with random adapters, on the rows of `evidence`."""
@@ -93,7 +93,9 @@ def steps_of(
             module.p = 0.0
     codec, head = model.base.codec(None), ScalarHead(model.hidden_size).initialize(3)
     context = context_of(model, folder, "reward")
-    collator = Collator(codec.pad_id, model.base.dtype, is_sharing)
+    collator = Collator(codec.pad_id)
+    if not is_packed:
+        model._longest_packed = 0  # pyright: ignore[reportPrivateUsage]
     own: dict[str, Any] = {"evidence": evidence, "resident": model, "head": head, "data_collator": collator}
     with model.role("reward", train=True):
         scorer = scorer_on_trunk(model, head, pad_id=codec.pad_id)
@@ -141,19 +143,17 @@ def test_for_sure_pairs_the_losses_and_gradients_are_trls_to_the_bit(
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_behind_a_shared_prompt_the_losses_and_gradients_are_the_same(
-    shape: str, checkpointing: bool, tmp_path: Path
-) -> None:
+def test_packed_the_losses_and_gradients_are_the_same(shape: str, checkpointing: bool, tmp_path: Path) -> None:
     pairs = evidence_of(RewardObjectiveConfig(centering=0.3), count=12, shape=shape)
     # AdamW's first steps go by signs, of gradients near 0 too: with a rate to speak of, roundings would not stay small
     settings: dict[str, Any] = {"batch_size": 6, "micro_batch_size": 3, "shape": shape, "learning_rate": 1e-9}
     separate = steps_of(ScoreTrainer, pairs, tmp_path / "separate", **settings)
     settings["gradient_checkpointing"] = checkpointing
-    shared = steps_of(ScoreTrainer, pairs, tmp_path / "shared", is_sharing=True, **settings)
-    for own, other in zip(shared.gradients, separate.gradients, strict=True):
+    packed = steps_of(ScoreTrainer, pairs, tmp_path / "packed", is_packed=True, **settings)
+    for own, other in zip(packed.gradients, separate.gradients, strict=True):
         for name, gradient in own.items():
             torch.testing.assert_close(gradient, other[name], atol=1e-6, rtol=1e-4)
-    for own, other in zip(shared.logs[:-1], separate.logs[:-1], strict=True):
+    for own, other in zip(packed.logs[:-1], separate.logs[:-1], strict=True):
         assert own == {key: pytest.approx(value, rel=1e-4, abs=1e-5) for key, value in other.items()}
 
 

@@ -16,7 +16,7 @@ BOTH = [verdict(2, True), verdict(3, False)]
 
 def test_a_batch_holds_one_sequence_a_verdict() -> None:
     rows = Verdicts.of(BOTH, BOTH, UNPAIRED).train_rows()
-    batch = Collator(9, torch.float32, is_sharing=True)(rows)
+    batch = Collator(9)(rows)
     assert batch["input_ids"].tolist() == [[7, 7, 0, 1, 9], [7, 7, 0, 1, 2]]
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 0], [1, 1, 1, 1, 1]]
     assert batch["labels"].tolist() == [1.0, 0.0]

@@ -1,0 +1,177 @@
+"""Rows packed so that what several of them begin with stands, and is computed, once; and without padding.
+
+A causal model says of a token what follows from it and those before it. So tokens that follow the same tokens in
+several rows, as a system prompt does in all and a prompt in those that answer it, need one place: a batch (B, L) is
+packed into one row (1, N) of its distinct tokens, as a prefix tree would hold them. Embeddings, norms and products,
+nearly all the work, know no rows and need not be told. Attention does: it unpacks the rows, and goes on as ever.
+Values and gradients are the same but for rounding.
+"""
+
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+_LEAST_SAVED = 1 / 8  # of a batch's places: below, unpacking rows in each layer costs as much as is saved
+_present: "PackedRows | None" = None
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Where the N distinct tokens of right-padded rows (B, L) stand."""
+
+    shape: tuple[int, int]  # (B, L)
+    first_N: Tensor  # int64: the place in B·L of each packed token, or of the first of its equals
+    packed_at: Tensor  # int64 (B·L,): the packed token of each place; of padding any
+    is_first: Tensor  # bool (B·L,)
+    shared_K: Tensor  # int64: the packed tokens that stand for several
+    places_KM: Tensor  # int64: the places of each of them
+    is_place_KM: Tensor  # bool: not all have M places
+
+    @staticmethod
+    def of(ids_BL: Tensor, is_token_BL: Tensor) -> "PackedRows | None":
+        """None if packing would save too little."""
+        (num_rows, length), device = ids_BL.shape, ids_BL.device
+        is_same_BBL = (ids_BL[:, None] == ids_BL) & is_token_BL[:, None] & is_token_BL
+        begins_alike_BBL = is_same_BBL.to(torch.uint8).cumprod(-1, dtype=torch.uint8)
+        first_row_BL = begins_alike_BBL.argmax(1)  # the first of several that are largest
+        is_first_BL = is_token_BL & (first_row_BL == torch.arange(num_rows, device=device)[:, None])
+        first_N = is_first_BL.flatten().nonzero()[:, 0]
+        if len(first_N) > (1 - _LEAST_SAVED) * ids_BL.numel():
+            return None
+        number_BL = (is_first_BL.flatten().cumsum(0) - 1).view(num_rows, length)
+        packed_at = number_BL.gather(0, first_row_BL).flatten().clamp(min=0)
+        places_T = is_token_BL.flatten().nonzero()[:, 0]
+        shared_K, places_KM, is_place_KM = _repeated(packed_at[places_T], places_T, len(first_N))
+        return PackedRows(
+            (num_rows, length), first_N, packed_at, is_first_BL.flatten(), shared_K, places_KM, is_place_KM
+        )
+
+    def pack(self, rows: Tensor) -> Tensor:
+        """(1, N, ...) from (B, L, ...), which must be the same wherever the tokens are."""
+        return cast(Tensor, _Pack.apply(rows.flatten(0, 1), self))[None]
+
+    def unpack(self, packed: Tensor, dim: int = 1) -> Tensor:
+        """(B, L, ...) from (1, N, ...), or with another `dim` for the tokens. What stands at padding is arbitrary."""
+        packed_N = packed.squeeze(0).movedim(dim - 1, 0)
+        return cast(Tensor, _Unpack.apply(packed_N, self)).unflatten(0, self.shape).movedim(1, dim)
+
+    @property
+    def position_ids(self) -> Tensor:
+        """(1, N): each token's place in its row."""
+        return (self.first_N % self.shape[1])[None]
+
+
+def _repeated(packed_at_T: Tensor, places_T: Tensor, num_packed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`shared_K`, `places_KM` and `is_place_KM` of tokens at these places."""
+    counts_N = packed_at_T.bincount(minlength=num_packed)
+    order_T = packed_at_T.argsort(stable=True)
+    sorted_T = packed_at_T[order_T]
+    rank_T = torch.arange(len(order_T), device=order_T.device) - (counts_N.cumsum(0) - counts_N)[sorted_T]
+    shared_K = (counts_N > 1).nonzero()[:, 0]
+    most = int(counts_N.max()) if num_packed else 0
+    places_NM = places_T.new_zeros(num_packed, most)
+    places_NM[sorted_T, rank_T] = places_T[order_T]
+    is_place_NM = torch.arange(most, device=places_T.device) < counts_N[:, None]
+    return shared_K, places_NM[shared_K], is_place_NM[shared_K]
+
+
+class _Pack(torch.autograd.Function):
+    """(N, ...) from (B·L, ...)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, packing: PackedRows) -> Tensor:
+        ctx.packing = packing
+        return rows.index_select(0, packing.first_N)
+
+    @staticmethod
+    @once_differentiable  # it has no types, so pyright misses the name of ctx
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        packing: PackedRows = ctx.packing
+        rows = gradients[0].index_select(0, packing.packed_at)
+        return rows.mul_(_like(packing.is_first, rows)), None
+
+
+class _Unpack(torch.autograd.Function):
+    """(B·L, ...) from (N, ...). Gradients of equals are summed in the order of the rows, the same way each time."""
+
+    @staticmethod
+    def forward(ctx: Any, packed: Tensor, packing: PackedRows) -> Tensor:
+        ctx.packing = packing
+        return packed.index_select(0, packing.packed_at)
+
+    @staticmethod
+    @once_differentiable  # it has no types, so pyright misses the name of ctx
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        packing: PackedRows = ctx.packing
+        packed = gradients[0].index_select(0, packing.first_N)
+        if len(packing.shared_K):
+            equals = gradients[0].index_select(0, packing.places_KM.flatten())
+            equals = equals.mul_(_like(packing.is_place_KM.flatten(), equals)).unflatten(0, packing.places_KM.shape)
+            packed.index_copy_(0, packing.shared_K, equals.sum(1))
+        return packed, None
+
+
+def _like(is_kept: Tensor, values: Tensor) -> Tensor:
+    return is_kept.view(-1, *[1] * (values.ndim - 1)).to(values.dtype)
+
+
+def present() -> PackedRows | None:
+    """Of the pass that is running, for attention."""
+    return _present
+
+
+@contextmanager
+def packed_as(packing: PackedRows | None) -> Generator[None]:
+    global _present
+    before, _present = _present, packing
+    try:
+        yield
+    finally:
+        _present = before
+
+
+def packed_again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """`context_fn` of torch's checkpoint: what a layer computes again for the backward pass, when the pass is over, is
+    of the same rows."""
+    return nullcontext(), packed_as(_present)
+
+
+def last_hidden(trunk: nn.Module, ids_BS: Tensor, packing: PackedRows | None, **inputs: Any) -> Tensor:
+    """The trunk's last hidden states (B, S, H) of right-padded rows; at padding they are arbitrary."""
+    if packing is None:
+        return trunk(input_ids=ids_BS, **inputs).last_hidden_state
+    with packed_as(packing):
+        ids_1N = packing.pack(ids_BS)
+        hidden_1NH = trunk(input_ids=ids_1N, position_ids=packing.position_ids, **inputs).last_hidden_state
+    return packing.unpack(hidden_1NH)
+
+
+def longest_packed(trunk: nn.Module, config: Any, *, device: torch.device, dtype: torch.dtype) -> float:
+    """Tokens of a row, at most, for the trunk to say of packed rows what it says of each by itself.
+
+    0 if its attention is not ours (`align.attention`), or a layer passes on by other ways; else what all its layers
+    see. `config`: transformers' text config.
+    """
+    windows = (getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size"))
+    window = min((window for window in windows if window is not None), default=float("inf"))
+    return window if _can_pack(trunk, device=device, dtype=dtype) else 0
+
+
+@torch.no_grad()
+def _can_pack(trunk: nn.Module, *, device: torch.device, dtype: torch.dtype) -> bool:
+    ids_BS = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 8, 9, 0, 0]], device=device)
+    is_token_BS = ids_BS > 0
+    packing = PackedRows.of(ids_BS, is_token_BS)
+    assert packing is not None
+    alone_NH = last_hidden(trunk, ids_BS, None, use_cache=False)[is_token_BS].float()
+    try:
+        packed_NH = last_hidden(trunk, ids_BS, packing, use_cache=False)[is_token_BS].float()
+    except (ValueError, TypeError, RuntimeError, IndexError):  # it takes no such positions, or sees other rows
+        return False
+    tolerance = torch.finfo(dtype).eps ** 0.5  # relative; SmolLM2 with the wrong positions is at 0.12
+    return bool(((packed_NH - alone_NH).norm(dim=-1) <= tolerance * alone_NH.norm(dim=-1)).all())
