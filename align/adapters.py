@@ -224,6 +224,7 @@ class AdaptedModel:
             is_checkpointed: keep only each layer's input for the backward pass, and compute the rest again there.
         """
         own = [parameter for _, parameter, adapter in self._parameters if adapter == self._role[0]]
+        # a compiled layer would need a graph for every way of packing
         packing = None if self.base.is_compiled else self._packing(ids_BS, is_token_BS)
         return self._decoder.hidden(ids_BS, own, packing, is_checkpointed=is_checkpointed)
 

@@ -13,6 +13,8 @@ import pytest
 from tests.align.classifiers import teach_letters, write_classifier
 from tests.preference_rows import write_pairs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parent.parent
 LETTERS = 'ppo.rewards.sources=[{kind: function, function: "tests.align.scoring_functions:share_of_letters"}]'
 # Twenty updates of 32 episodes, of answers of 8 tokens. At twice this rate ten are enough, but then a sum in another
@@ -38,15 +40,9 @@ def aligned(folder: Path, *overrides: str) -> tuple[dict[str, Any], list[dict[st
     "options",
     [
         ("ppo.advantage.estimator=gae", "ppo.kl.place=reward"),
-        pytest.param(
-            ("ppo.advantage.estimator=rloo", "ppo.rollout.responses_per_prompt=4", "ppo.kl.place=loss"),
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            ("ppo.advantage.estimator=grpo", "ppo.rollout.responses_per_prompt=4", "ppo.kl.place=loss",
-             "ppo.kl.estimator=k3"),
-            marks=pytest.mark.slow,
-        ),
+        ("ppo.advantage.estimator=rloo", "ppo.rollout.responses_per_prompt=4", "ppo.kl.place=loss"),
+        ("ppo.advantage.estimator=grpo", "ppo.rollout.responses_per_prompt=4", "ppo.kl.place=loss",
+         "ppo.kl.estimator=k3"),
     ],
     ids=["gae, k1 in the reward", "rloo, k2 in the loss", "grpo, k3 in the loss"],
 )  # fmt: skip
@@ -68,7 +64,6 @@ def test_a_classifier_is_learnt(tmp_path: Path) -> None:
     assert summary["eval"]["score_ppo"] > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "options"),
     [

@@ -43,6 +43,7 @@ def test_compiled_layers_say_the_same_with_and_without_gradients_and_what_plain_
     (plain, compiled), (whole, _) = both(dtype), both("float32")
     for shape in ((3, 9), (2, 14)):
         ids_BS = torch.randint(0, 250, shape, generator=torch.Generator().manual_seed(0))
+        ids_BS[:, :4] = ids_BS[0, :4]  # plain layers compute that once
         hidden_BSH, gradients = learnt(compiled, ids_BS)
         with torch.no_grad(), compiled.role("policy"):
             looked_BSH = compiled.hidden(ids_BS)
