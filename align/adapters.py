@@ -16,8 +16,10 @@ from peft import LoraConfig, LoraModel, PeftModel, get_peft_model_state_dict, se
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import Cache
 
+from align.attention import has_own_attention
 from align.base import Base
 from align.config import AdaptersConfig
 from align.errors import ArtifactError, InvariantError, ModelError
@@ -43,10 +45,12 @@ class AdaptedModel:
         self._role: tuple[str, bool] = (RAW_BASE, False)
         self._decoder = DecoderLayers(self.trunk, is_compiled=False)
         self._longest_packed: float = 0  # tokens of a row
+        self._packings: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of each batch, as long as its ids live
         self._list_parameters()
         _verify_trunk_and_head(self)  # against the model's own forward, so not compiled
-        config = base.model.config.get_text_config()
-        self._longest_packed = longest_packed(self.trunk, config, device=base.device, dtype=base.dtype)
+        if has_own_attention(base.model):
+            config = base.model.config.get_text_config()
+            self._longest_packed = longest_packed(self.trunk, config, device=base.device, dtype=base.dtype)
         if base.is_compiled:
             self._decoder = DecoderLayers(self.trunk, is_compiled=True)
 
@@ -236,12 +240,20 @@ class AdaptedModel:
         return last_hidden(self.trunk, ids_BS, packing, past_key_values=cache, use_cache=cache is not None)
 
     def _has_dropout_at_work(self) -> bool:
-        trunk = self.trunk
-        return trunk.training and any(isinstance(module, nn.Dropout) and module.p > 0 for module in trunk.modules())
+        if not self.trunk.training:
+            return False
+        config = self.base.model.config.get_text_config().to_dict()
+        rates = [value for key, value in config.items() if "drop" in key and isinstance(value, float)]
+        rates += [module.p for module in self.trunk.modules() if isinstance(module, nn.Dropout)]
+        return any(rate > 0 for rate in rates)
 
     def _packing(self, ids_BS: Tensor, is_token_BS: Tensor | None) -> PackedRows | None:
-        is_token_BS = torch.ones_like(ids_BS, dtype=torch.bool) if is_token_BS is None else is_token_BS
-        return PackedRows.of(ids_BS, is_token_BS) if ids_BS.shape[1] <= self._longest_packed else None
+        if ids_BS.shape[1] > self._longest_packed:
+            return None
+        if ids_BS not in self._packings:
+            is_token_BS = torch.ones_like(ids_BS, dtype=torch.bool) if is_token_BS is None else is_token_BS
+            self._packings[ids_BS] = PackedRows.of(ids_BS, is_token_BS)
+        return self._packings[ids_BS]
 
     def step(self, cache: object, windows: Sequence[object], **inputs: Tensor) -> Tensor:
         """Last hidden states (B, 1, H) of one more token of two rows or more, by compiled layers (base.is_compiled)."""

@@ -1,4 +1,5 @@
-"""Attention where `sdpa` of transformers and torch does needless work. What it says is the same.
+"""Attention where `sdpa` of transformers and torch does needless work, and the one place where packed rows
+(`align.packing`) stand apart. What it says is the same.
 
 Decoding: `sdpa` repeats keys and values for grouped queries whenever there is a mask, in each layer at each token: with
 three query heads a group that is most of what decoding moves. The queries of a group are one batch of rows against the
@@ -34,10 +35,16 @@ def use_own_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation(_NAME)
 
 
+def has_own_attention(model: PreTrainedModel) -> bool:
+    """Whether all its attention is this."""
+    return model.config.get_text_config()._attn_implementation == _NAME  # pyright: ignore[reportPrivateUsage]
+
+
 def _mask(
     batch_size: int, q_length: int, kv_length: int, *args: Any, attention_mask: Tensor | None = None, **options: Any
 ) -> Tensor | None:
-    """What `sdpa_mask` makes of it; padding on the right of whole rows needs no mask, packed or not."""
+    """What `sdpa_mask` makes of it. Packed rows need no mask, nor does padding on the right of whole rows, for those
+    who pass one nevertheless."""
     if packing.present() is not None:
         return None
     if (
@@ -69,7 +76,7 @@ def _attend_rows(
     batch, num_heads, length, _ = query.shape
     num_groups = key.shape[1]
     if _goes_back_in_float32(module, query, key, value, attention_mask, options):
-        out = _ShortAttention.apply(query, key, value, attention_mask, options.get("scaling"))
+        out = _ShortAttention.apply(query, key, value, options.get("scaling"))
         return out.transpose(1, 2).contiguous(), None
     if length > 1 or num_heads == num_groups or options.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -84,18 +91,15 @@ def _attend_rows(
 def _goes_back_in_float32(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
 ) -> bool:
-    """Whether it is attention of whole short rows in a CPU's bfloat16, plainly causal or by a mask to be added."""
+    """Whether it is plain causal attention of whole short rows in a CPU's bfloat16."""
     is_causal = options.get("is_causal")
     return (
         query.device.type == "cpu"
         and query.dtype == torch.bfloat16
         and 1 < query.shape[2] == key.shape[2] <= _FLOAT32_LENGTH
         and query.shape[3] == value.shape[3]
-        and (
-            bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-            if mask is None
-            else mask.dtype == query.dtype
-        )
+        and mask is None
+        and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         and not options.get("dropout")
         and options.get("position_bias") is None
     )
@@ -105,19 +109,15 @@ class _ShortAttention(torch.autograd.Function):
     """torch's own flash attention, forwards as ever, backwards in float32."""
 
     @staticmethod
-    def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None
-    ) -> Tensor:
-        out, logsumexp = _flash(query, key, value, 0.0, mask is None, attn_mask=mask, scale=scale)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+        out, logsumexp = _flash(query, key, value, 0.0, True, scale=scale)
         ctx.save_for_backward(query, key, value, out, logsumexp)
-        ctx.mask, ctx.scale = mask, scale
+        ctx.scale = scale
         return out
 
     @staticmethod
     @once_differentiable  # it has no types, so pyright misses the name of ctx
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         *wide, logsumexp = (tensor.float() for tensor in ctx.saved_tensors)
-        mask = None if ctx.mask is None else ctx.mask.float()
-        gradient = gradients[0].float()
-        found = _flash_backward(gradient, *wide, logsumexp, 0.0, mask is None, attn_mask=mask, scale=ctx.scale)
-        return *(gradient.to(gradients[0].dtype) for gradient in found), None, None
+        found = _flash_backward(gradients[0].float(), *wide, logsumexp, 0.0, True, scale=ctx.scale)
+        return *(gradient.to(gradients[0].dtype) for gradient in found), None

@@ -4,15 +4,15 @@ A causal model says of a token what follows from it and those before it. So toke
 several rows, as a system prompt does in all and a prompt in those that answer it, need one place: a batch (B, L) is
 packed into one row (1, N) of its distinct tokens, as a prefix tree would hold them. Embeddings, norms and products,
 nearly all the work, know no rows and need not be told. Attention does: it unpacks the rows, and goes on as ever.
-Values and gradients are the same but for rounding.
+Values and gradients are the same but for rounding. (What TRL calls packing puts rows end to end, and shares nothing.)
 """
 
-from collections.abc import Generator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -28,9 +28,7 @@ class PackedRows:
     first_N: Tensor  # int64: the place in B·L of each packed token, or of the first of its equals
     packed_at: Tensor  # int64 (B·L,): the packed token of each place; of padding any
     is_first: Tensor  # bool (B·L,)
-    shared_K: Tensor  # int64: the packed tokens that stand for several
-    places_KM: Tensor  # int64: the places of each of them
-    is_place_KM: Tensor  # bool: not all have M places
+    equals: tuple[tuple[Tensor, Tensor], ...]  # the packed tokens (K,) that stand for C, and their places (K, C)
 
     @staticmethod
     def of(ids_BL: Tensor, is_token_BL: Tensor) -> "PackedRows | None":
@@ -46,10 +44,8 @@ class PackedRows:
         number_BL = (is_first_BL.flatten().cumsum(0) - 1).view(num_rows, length)
         packed_at = number_BL.gather(0, first_row_BL).flatten().clamp(min=0)
         places_T = is_token_BL.flatten().nonzero()[:, 0]
-        shared_K, places_KM, is_place_KM = _repeated(packed_at[places_T], places_T, len(first_N))
-        return PackedRows(
-            (num_rows, length), first_N, packed_at, is_first_BL.flatten(), shared_K, places_KM, is_place_KM
-        )
+        equals = _equals(packed_at[places_T], places_T)
+        return PackedRows((num_rows, length), first_N, packed_at, is_first_BL.flatten(), equals)
 
     def pack(self, rows: Tensor) -> Tensor:
         """(1, N, ...) from (B, L, ...), which must be the same wherever the tokens are."""
@@ -66,22 +62,20 @@ class PackedRows:
         return (self.first_N % self.shape[1])[None]
 
 
-def _repeated(packed_at_T: Tensor, places_T: Tensor, num_packed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`shared_K`, `places_KM` and `is_place_KM` of tokens at these places."""
-    counts_N = packed_at_T.bincount(minlength=num_packed)
-    order_T = packed_at_T.argsort(stable=True)
-    sorted_T = packed_at_T[order_T]
-    rank_T = torch.arange(len(order_T), device=order_T.device) - (counts_N.cumsum(0) - counts_N)[sorted_T]
-    shared_K = (counts_N > 1).nonzero()[:, 0]
-    most = int(counts_N.max()) if num_packed else 0
-    places_NM = places_T.new_zeros(num_packed, most)
-    places_NM[sorted_T, rank_T] = places_T[order_T]
-    is_place_NM = torch.arange(most, device=places_T.device) < counts_N[:, None]
-    return shared_K, places_NM[shared_K], is_place_NM[shared_K]
+def _equals(packed_at_T: Tensor, places_T: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    """`PackedRows.equals` of tokens at these places."""
+    counts_N = packed_at_T.bincount()
+    starts_N = counts_N.cumsum(0) - counts_N
+    sorted_T = places_T[packed_at_T.argsort(stable=True)]
+    found: list[tuple[Tensor, Tensor]] = []
+    for count in counts_N[counts_N > 1].unique().tolist():
+        tokens_K = (counts_N == count).nonzero()[:, 0]
+        found.append((tokens_K, sorted_T[starts_N[tokens_K, None] + torch.arange(count, device=starts_N.device)]))
+    return tuple(found)
 
 
 class _Pack(torch.autograd.Function):
-    """(N, ...) from (B·L, ...)."""
+    """(N, ...) from (B·L, ...): of equals the first."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, packing: PackedRows) -> Tensor:
@@ -93,11 +87,11 @@ class _Pack(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         packing: PackedRows = ctx.packing
         rows = gradients[0].index_select(0, packing.packed_at)
-        return rows.mul_(_like(packing.is_first, rows)), None
+        return rows.mul_(packing.is_first.view(-1, *[1] * (rows.ndim - 1))), None
 
 
 class _Unpack(torch.autograd.Function):
-    """(B·L, ...) from (N, ...). Gradients of equals are summed in the order of the rows, the same way each time."""
+    """(B·L, ...) from (N, ...). Gradients of equals are summed the same way each time, on a GPU too."""
 
     @staticmethod
     def forward(ctx: Any, packed: Tensor, packing: PackedRows) -> Tensor:
@@ -109,15 +103,10 @@ class _Unpack(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         packing: PackedRows = ctx.packing
         packed = gradients[0].index_select(0, packing.first_N)
-        if len(packing.shared_K):
-            equals = gradients[0].index_select(0, packing.places_KM.flatten())
-            equals = equals.mul_(_like(packing.is_place_KM.flatten(), equals)).unflatten(0, packing.places_KM.shape)
-            packed.index_copy_(0, packing.shared_K, equals.sum(1))
+        for tokens_K, places_KC in packing.equals:
+            equals = gradients[0].index_select(0, places_KC.flatten()).unflatten(0, places_KC.shape)
+            packed.index_copy_(0, tokens_K, equals.sum(1))
         return packed, None
-
-
-def _like(is_kept: Tensor, values: Tensor) -> Tensor:
-    return is_kept.view(-1, *[1] * (values.ndim - 1)).to(values.dtype)
 
 
 def present() -> PackedRows | None:
@@ -125,27 +114,32 @@ def present() -> PackedRows | None:
     return _present
 
 
-@contextmanager
-def packed_as(packing: PackedRows | None) -> Generator[None]:
-    global _present
-    before, _present = _present, packing
-    try:
-        yield
-    finally:
-        _present = before
+class _PackedAs(AbstractContextManager[None]):
+    """May be entered again after it was left, as a checkpoint's context may have to be."""
+
+    def __init__(self, packing: PackedRows | None) -> None:
+        self._packing = packing
+
+    def __enter__(self) -> None:
+        global _present
+        self._before, _present = _present, self._packing
+
+    def __exit__(self, *_: object) -> None:
+        global _present
+        _present = self._before
 
 
 def packed_again() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """`context_fn` of torch's checkpoint: what a layer computes again for the backward pass, when the pass is over, is
     of the same rows."""
-    return nullcontext(), packed_as(_present)
+    return nullcontext(), _PackedAs(_present)
 
 
 def last_hidden(trunk: nn.Module, ids_BS: Tensor, packing: PackedRows | None, **inputs: Any) -> Tensor:
     """The trunk's last hidden states (B, S, H) of right-padded rows; at padding they are arbitrary."""
     if packing is None:
         return trunk(input_ids=ids_BS, **inputs).last_hidden_state
-    with packed_as(packing):
+    with _PackedAs(packing):
         ids_1N = packing.pack(ids_BS)
         hidden_1NH = trunk(input_ids=ids_1N, position_ids=packing.position_ids, **inputs).last_hidden_state
     return packing.unpack(hidden_1NH)
@@ -154,9 +148,11 @@ def last_hidden(trunk: nn.Module, ids_BS: Tensor, packing: PackedRows | None, **
 def longest_packed(trunk: nn.Module, config: Any, *, device: torch.device, dtype: torch.dtype) -> float:
     """Tokens of a row, at most, for the trunk to say of packed rows what it says of each by itself.
 
-    0 if its attention is not ours (`align.attention`), or a layer passes on by other ways; else what all its layers
-    see. `config`: transformers' text config.
+    0 if a layer passes on by other ways than attention, or counts tokens rather than take their positions; else what
+    all its layers see. Its attention must be ours (`align.attention`). `config`: transformers' text config.
     """
+    if getattr(config, "attn_temperature_tuning", False):  # Llama 4, of tokens beyond some thousands
+        return 0
     windows = (getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size"))
     window = min((window for window in windows if window is not None), default=float("inf"))
     return window if _can_pack(trunk, device=device, dtype=dtype) else 0
@@ -171,7 +167,9 @@ def _can_pack(trunk: nn.Module, *, device: torch.device, dtype: torch.dtype) -> 
     alone_NH = last_hidden(trunk, ids_BS, None, use_cache=False)[is_token_BS].float()
     try:
         packed_NH = last_hidden(trunk, ids_BS, packing, use_cache=False)[is_token_BS].float()
-    except (ValueError, TypeError, RuntimeError, IndexError):  # it takes no such positions, or sees other rows
+    except Exception as error:  # it takes no such positions, or sees other rows
+        if should_reduce_batch_size(error):
+            raise
         return False
     tolerance = torch.finfo(dtype).eps ** 0.5  # relative; SmolLM2 with the wrong positions is at 0.12
     return bool(((packed_NH - alone_NH).norm(dim=-1) <= tolerance * alone_NH.norm(dim=-1)).all())

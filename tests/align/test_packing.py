@@ -1,25 +1,23 @@
 """Rows packed into their distinct tokens: the same numbers, from fewer tokens."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
+from align import packing
 from align.adapters import AdaptedModel
 from align.config import AdaptersConfig
 from align.context import Sampling
 from align.generation import generate
 from align.heads import ScalarHead
-from align.packing import PackedRows, longest_packed
+from align.packing import PackedRows
 from stages.reward.batches import Collator, TrainerRow, batch_scores
 from tests.resident import SHAPES, distance, resident, with_adapters
 
 ROWS = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7, 0], [1, 2, 3, 9, 8, 7], [1, 2, 3, 9, 0, 0]])
 IS_TOKEN = ROWS > 0
-NUM_TOKENS, NUM_DISTINCT = 21, 3 + 3 + 1 + 3
+NUM_DISTINCT = 3 + 3 + 1 + 3
 
 
 def unpacked(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,30 +199,86 @@ def test_prompts_that_begin_alike_enter_together_and_are_answered_the_same(
         assert ours == pytest.approx(theirs, abs=1e-4)
 
 
+def test_packed_prompts_enter_beside_rows_that_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_adapters("llama", "sft")
+    prompts = [(1, 2, 3, 4, 5, *own) for own in ((6,), (7, 8, 9), (11,), (10, 11), (12,), (13,))]
+    tokens: list[tuple[int, ...]] = []
+    embeddings = model.base.model.get_input_embeddings()
+    embeddings.register_forward_hook(lambda _, inputs, __: tokens.append(tuple(inputs[0].shape)))
+
+    def respond() -> list[tuple[int, ...]]:
+        with model.role("sft"):
+            found = generate(
+                model,
+                model.base.codec(None),
+                prompts,
+                sampling=Sampling(1.0, 4, 8, 3),
+                uniforms_BT=np.random.default_rng(0).random((6, 4)),
+            )
+        return [response.ids for response in found]
+
+    packed = respond()
+    assert [shape for shape in tokens if shape[0] == 1 and shape[1] > 1] == [(1, 5 + 1 + 3 + 1), (1, 5 + 2 + 1 + 1)]
+    unpacked(model, monkeypatch)
+    assert packed == respond()
+
+
+def test_what_lower_layers_said_of_packed_rows_is_kept_with_how_they_are_packed() -> None:
+    model = with_adapters("llama", "sft", "policy", layers=1)
+    counts = count_tokens(model)
+
+    def passes(*batches: Tensor) -> list[Tensor]:
+        found: list[Tensor] = []
+        for role, ids_BS in zip(("sft", "policy", "sft"), batches, strict=True):
+            with torch.no_grad(), model.role(role):
+                found.append(model.hidden(ids_BS, IS_TOKEN)[IS_TOKEN])
+        return found
+
+    kept, anew = passes(*[ROWS] * 3), passes(*(ROWS.clone() for _ in range(3)))
+    assert all(torch.equal(one, other) for one, other in zip(kept, anew, strict=True))
+    assert counts == [NUM_DISTINCT] * 6
+
+
+def test_a_pass_that_fails_leaves_nothing_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_adapters("llama", "sft")
+    monkeypatch.setattr(model.trunk, "norm", None)
+    with pytest.raises(TypeError):
+        model.hidden(ROWS, IS_TOKEN)
+    assert packing.present() is None
+
+
 # ---- which bases may ----
-
-
-def may_pack(model: AdaptedModel) -> bool:
-    config = model.base.model.config
-    return longest_packed(model.trunk, config, device=model.device, dtype=model.base.dtype) > 0
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bases_with_our_attention_may(shape: str, dtype: str) -> None:
-    model = resident(shape, dtype=dtype)
-    assert may_pack(model)
+    assert resident(shape, dtype=dtype)._longest_packed > 0  # pyright: ignore[reportPrivateUsage]
 
 
-def test_a_base_with_an_attention_of_its_own_may_not() -> None:
+def longest(model: AdaptedModel) -> float:
+    return AdaptedModel(model.base, AdaptersConfig())._longest_packed  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_base_with_an_attention_of_its_own_may_not(dtype: str) -> None:
+    model = resident("llama", dtype=dtype)
+    assert longest(model) > 0
+    model.base.model.set_attn_implementation("eager")
+    assert longest(model) == 0
+
+
+def test_a_base_whose_layers_pass_on_by_other_ways_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
     model = resident("llama")
+    norm = model.trunk.norm
 
-    def attend(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return AttentionInterface()["sdpa"](module, *args, **kwargs)
+    class Summing(nn.Module):
+        def forward(self, hidden: Tensor) -> Tensor:
+            assert isinstance(norm, nn.Module)
+            return norm(hidden).cumsum(1)
 
-    AttentionInterface.register("own", attend)
-    model.base.model.config._attn_implementation = "own"  # pyright: ignore[reportPrivateUsage]
-    assert not may_pack(model)
+    monkeypatch.setattr(model.trunk, "norm", Summing())
+    assert longest(model) == 0
 
 
 @pytest.mark.parametrize(("window", "may"), [(6, True), (5, False)])
@@ -247,3 +301,14 @@ def test_rows_stand_alone_while_a_trainer_draws_dropout_for_each_token(dropout: 
         with model.role("reward", train=True):
             model.plain_hidden(ROWS, IS_TOKEN)
     assert counts == [NUM_DISTINCT, ROWS.numel() if dropout else NUM_DISTINCT]
+
+
+def test_so_they_do_while_attention_drops(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_adapters("llama", "reward")
+    monkeypatch.setattr(model.base.model.config, "attention_dropout", 0.1)
+    counts = count_tokens(model)
+    for is_training in (False, True):
+        model.trunk.train(is_training)
+        with model.role("reward"):
+            model.plain_hidden(ROWS, IS_TOKEN)
+    assert counts == [NUM_DISTINCT, ROWS.numel()]
