@@ -155,11 +155,16 @@ class AdaptedModel:
         self._freeze()
 
     def _list_parameters(self) -> None:
-        """Found once for each set of adapters: a switch of roles happens several times a micro-batch."""
+        """Found once for each set of adapters, with whether anything of theirs or of the base's drops out in training:
+        a switch of roles happens several times a micro-batch."""
         self._layers: list[LoRALinear] = use_lora_product(self.base.model)
         named = list(self.base.model.named_parameters())
         self._parameters = [(key, parameter, _adapter_of(key, self.names)) for key, parameter in named]
         self._decoder.adapters_changed(self._layers)
+        config = self.base.model.config.get_text_config().to_dict()
+        rates = [value for key, value in config.items() if "drop" in key and isinstance(value, float)]
+        rates += [module.p for module in self.trunk.modules() if isinstance(module, nn.Dropout)]
+        self._has_dropout = any(rate > 0 for rate in rates)
 
     def _freeze(self) -> None:
         self.peft.requires_grad_(False)
@@ -236,16 +241,8 @@ class AdaptedModel:
         """As `hidden`, by the layers as trainers and entering prompts have them: not compiled, and checkpointed if a
         trainer says so. An empty `cache` takes the keys and values."""
         # what is drawn for each token would be drawn once for several
-        packing = None if self._has_dropout_at_work() else self._packing(ids_BS, is_token_BS)
+        packing = None if self.trunk.training and self._has_dropout else self._packing(ids_BS, is_token_BS)
         return last_hidden(self.trunk, ids_BS, packing, past_key_values=cache, use_cache=cache is not None)
-
-    def _has_dropout_at_work(self) -> bool:
-        if not self.trunk.training:
-            return False
-        config = self.base.model.config.get_text_config().to_dict()
-        rates = [value for key, value in config.items() if "drop" in key and isinstance(value, float)]
-        rates += [module.p for module in self.trunk.modules() if isinstance(module, nn.Dropout)]
-        return any(rate > 0 for rate in rates)
 
     def _packing(self, ids_BS: Tensor, is_token_BS: Tensor | None) -> PackedRows | None:
         if ids_BS.shape[1] > self._longest_packed:

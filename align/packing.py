@@ -27,7 +27,6 @@ class PackedRows:
     shape: tuple[int, int]  # (B, L)
     first_N: Tensor  # int64: the place in B·L of each packed token, or of the first of its equals
     packed_at: Tensor  # int64 (B·L,): the packed token of each place; of padding any
-    is_first: Tensor  # bool (B·L,)
     equals: tuple[tuple[Tensor, Tensor], ...]  # the packed tokens (K,) that stand for C, and their places (K, C)
 
     @staticmethod
@@ -45,7 +44,7 @@ class PackedRows:
         packed_at = number_BL.gather(0, first_row_BL).flatten().clamp(min=0)
         places_T = is_token_BL.flatten().nonzero()[:, 0]
         equals = _equals(packed_at[places_T], places_T)
-        return PackedRows((num_rows, length), first_N, packed_at, is_first_BL.flatten(), equals)
+        return PackedRows((num_rows, length), first_N, packed_at, equals)
 
     def pack(self, rows: Tensor) -> Tensor:
         """(1, N, ...) from (B, L, ...), which must be the same wherever the tokens are."""
@@ -86,8 +85,8 @@ class _Pack(torch.autograd.Function):
     @once_differentiable  # it has no types, so pyright misses the name of ctx
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         packing: PackedRows = ctx.packing
-        rows = gradients[0].index_select(0, packing.packed_at)
-        return rows.mul_(packing.is_first.view(-1, *[1] * (rows.ndim - 1))), None
+        rows = gradients[0].new_zeros(len(packing.packed_at), *gradients[0].shape[1:])
+        return rows.index_copy_(0, packing.first_N, gradients[0]), None
 
 
 class _Unpack(torch.autograd.Function):

@@ -304,8 +304,9 @@ def test_rows_stand_alone_while_a_trainer_draws_dropout_for_each_token(dropout: 
 
 
 def test_so_they_do_while_attention_drops(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = with_adapters("llama", "reward")
+    model = resident("llama")
     monkeypatch.setattr(model.base.model.config, "attention_dropout", 0.1)
+    model.add("reward")
     counts = count_tokens(model)
     for is_training in (False, True):
         model.trunk.train(is_training)

@@ -91,6 +91,7 @@ def steps_of(
     for module in model.base.model.modules():  # GPT-2's own dropout draws for every token
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    model._has_dropout = False  # pyright: ignore[reportPrivateUsage]
     codec, head = model.base.codec(None), ScalarHead(model.hidden_size).initialize(3)
     context = context_of(model, folder, "reward")
     collator = Collator(codec.pad_id)
