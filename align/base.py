@@ -127,6 +127,7 @@ def load_base(config: BaseModelConfig) -> Base:
     """
     import torch
 
+    from align import few_rows
     from align.attention import use_own_attention
     from align.products import bound_kernel_caches
 
@@ -146,6 +147,8 @@ def load_base(config: BaseModelConfig) -> Base:
             "base.trust_remote_code is on: Python code that comes with %s runs on this machine", config.model
         )
     bound_kernel_caches()
+    if device.type == "cpu":
+        few_rows.prepare()
     model, tokenizer = _load_whole(folder, config, dtype)
     if getattr(model, "_is_stateful", False):
         raise ModelError(

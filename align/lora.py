@@ -5,7 +5,8 @@ once more, forwards and backwards, and under a bfloat16 base the input is copied
 low-rank part is added into the product itself, in the base's dtype, and what is kept for the backward pass is x (which
 q, k and v share) and the rank-r x Aᵀ. A and B, and their gradients, stay float32.
 
-In compiled decoding, whose few rows make small products, the low-rank part is loops instead.
+Few rows, as in decoding, have a product of their own (`align.few_rows`); where that is not to be had, and decoding is
+compiled, their low-rank part is loops.
 """
 
 from typing import Any, cast
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.pytorch_utils import Conv1D
 
+from align import few_rows
 from align.config import AdaptersConfig
 from align.errors import ConfigError, ModelError
 from align.products import add_product, frozen_linear, frozen_product
@@ -42,7 +44,7 @@ class LoRALinear(PeftLinear):
             return _LoRAProduct.apply(x, weight_OI, base.bias, a_RI, b_OR, scale)
         x_NI = x.reshape(-1, x.shape[-1])
         is_looped = x.device.type == "cpu" and len(x_NI) <= _LOOPED_ROWS.get(x.dtype, 0)
-        if torch.compiler.is_compiling() and is_looped:
+        if torch.compiler.is_compiling() and is_looped and not few_rows.fits(x_NI, weight_OI):
             y_NO = _looped_product(x_NI, weight_OI, base.bias, a_RI, b_OR, scale)
         else:
             y_NO, _ = _product(x_NI, weight_OI, base.bias, a_RI, b_OR, scale)
@@ -107,7 +109,9 @@ def _linear_layers(model: nn.Module) -> tuple[list[str], int]:
 def _product(
     x_NI: Tensor, weight_OI: Tensor, bias: Tensor | None, a_RI: Tensor, b_OR: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """y (N, O) and x Aᵀ (N, R), both in the dtype of x."""
+    """y (N, O) in the dtype of x, and x Aᵀ (N, R) in that or in float32."""
+    if few_rows.fits(x_NI, weight_OI):
+        return few_rows.product(x_NI, weight_OI, bias, a_RI, b_OR, scale)
     y_NO = frozen_product(x_NI, weight_OI, bias)
     low_NR = torch.mm(x_NI, a_RI.to(x_NI.dtype).t())
     return add_product(y_NO, low_NR, b_OR.to(x_NI.dtype).t(), scale), low_NR
@@ -132,7 +136,7 @@ class _LoRAProduct(torch.autograd.Function):
     ) -> Tensor:
         x_NI = x.reshape(-1, x.shape[-1])
         y_NO, low_NR = _product(x_NI, weight_OI, bias, a_RI, b_OR, scale)
-        ctx.save_for_backward(x_NI, low_NR, weight_OI, a_RI, b_OR)
+        ctx.save_for_backward(x_NI, low_NR.to(x_NI.dtype), weight_OI, a_RI, b_OR)
         ctx.scale = scale
         return y_NO.view(*x.shape[:-1], -1)
 

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from align import few_rows
+
 _CPU_INFO = Path("/proc/cpuinfo")
-_FEW_ROWS = 32  # decoding: up to here MKL is twice as fast with the weight first; at 64 rows there is no difference
+_WEIGHT_FIRST = 32  # rows, at most: MKL is twice as fast with the weight first; at 64 rows there is no difference
 
 # oneDNN's own cache of kernels, and torch's before it. By default 1,024 each, of up to 1 MB: one for each shape of a
 # product, and with rows of all lengths there is always a new shape.
@@ -36,10 +38,12 @@ _USES_ONEDNN = torch.backends.mkldnn.is_available() and is_made_by_amd()
 def frozen_product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """x Wᵀ + b: (N, O), contiguous. Which library computes it depends on the device, the dtype and the CPU's maker, and
     so do the last bits; on one machine the same shapes give the same bits."""
+    if few_rows.fits(x_NI, weight_OI):
+        return few_rows.product(x_NI, weight_OI, bias_O)[0]
     if x_NI.device.type == "cpu" and x_NI.dtype == torch.float32:
         if _USES_ONEDNN:
             return torch.ops.align.onednn_product(x_NI, weight_OI, bias_O)
-        if len(x_NI) <= _FEW_ROWS:
+        if len(x_NI) <= _WEIGHT_FIRST:
             y_NO = torch.mm(weight_OI, x_NI.t()).t().contiguous()
             return y_NO if bias_O is None else y_NO.add_(bias_O)
     return torch.mm(x_NI, weight_OI.t()) if bias_O is None else torch.addmm(bias_O, x_NI, weight_OI.t())

@@ -13,7 +13,7 @@ from align.episodes import Episode, EpisodeBatch, collate, policy_pass, score_pa
 from align.errors import ArtifactError
 from align.heads import ScalarHead, ScoreStatistics, load_head
 from align.scorers import Classifier, RewardFunction
-from data.batching import length_sorted_batches
+from data.batching import prompt_sorted_batches
 from data.records import Message
 from data.tokenization import Codec, decode_response
 
@@ -98,7 +98,7 @@ def judge(
     CPU, in the order given."""
     by_name = {source.name: torch.zeros(len(episodes)) for source in sources.sources}
     kls_N = torch.zeros(len(episodes))
-    for group in length_sorted_batches([len(e.prompt_ids) + len(e.response_ids) for e in episodes], batch_size):
+    for group in prompt_sorted_batches([e.prompt_ids for e in episodes], [e.response_ids for e in episodes], batch_size):
         chosen = [episodes[i] for i in group]
         batch = collate(chosen, pad_id=pad_id, device=model.device)
         if role != reference:  # or it is 0

@@ -12,6 +12,18 @@ def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
+def prompt_sorted_batches(
+    prompts: Sequence[tuple[int, ...]], responses: Sequence[tuple[int, ...]], batch_size: int
+) -> list[list[int]]:
+    """Indices of rows, `batch_size` at a time: those of one prompt side by side, shortest first, for what they share to
+    be computed once (`align.packing`); prompts by their longest row."""
+    longest: dict[tuple[int, ...], int] = {}
+    for prompt, response in zip(prompts, responses, strict=True):
+        longest[prompt] = max(longest.get(prompt, 0), len(prompt) + len(response))
+    order = sorted(range(len(prompts)), key=lambda i: (longest[prompts[i]], prompts[i], len(responses[i])))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
 def right_pad(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """(ids_BS int64, is_token_BS bool), tokens first; padding holds `pad_id` and False."""
     width = max((len(sequence) for sequence in sequences), default=0)

@@ -8,7 +8,7 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor
 from torch._inductor.utils import run_fw_bw_and_get_code
 
-from align import lora
+from align import few_rows, lora
 from align.adapters import AdaptedModel
 from align.lora import LoRALinear
 from tests.resident import SHAPES, with_adapters
@@ -71,7 +71,8 @@ def test_the_same_bits_with_and_without_gradients() -> None:
 def test_compiled_without_gradients_few_rows_take_loops_and_many_take_products(
     shape: str, path: str, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """GPT-2 has the weight the other way round, and a bias."""
+    """Where few rows have no product of their own. GPT-2 has the weight the other way round, and a bias."""
+    monkeypatch.setattr(few_rows, "fits", lambda *_: False)
     looped: list[int] = []
     loops = lora._looped_product  # pyright: ignore[reportPrivateUsage]
 
@@ -99,7 +100,7 @@ def test_compiled_for_learning_the_low_rank_part_is_added_in_place_and_gives_the
     model = with_adapters("llama", "policy")
     layer = model.trunk.get_submodule("layers.0.mlp.down_proj")
     compiled = torch.compile(layer, dynamic=True)
-    x = torch.randn(40, 64, requires_grad=True)
+    x = torch.randn(few_rows.FEW + 1, 64, requires_grad=True)
     with model.role("policy", train=True):
         parameters = [x, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
         out, codes = run_fw_bw_and_get_code(lambda: compiled(x).square())
@@ -125,12 +126,12 @@ def test_what_is_kept_for_the_backward_pass_is_the_input_once_and_its_low_rank_i
         return tensor
 
     layer = model.trunk.get_submodule("layers.0.mlp")
-    x = torch.randn(3, 32)
+    x = torch.randn(few_rows.FEW + 1, 32)
     with model.role("policy", train=True), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         layer.get_submodule("gate_proj")(x)
         layer.get_submodule("up_proj")(x)
     rank = 4
-    assert sum(kept.values()) == 4 * 3 * (32 + 2 * rank)
+    assert sum(kept.values()) == 4 * len(x) * (32 + 2 * rank)
 
 
 def test_dropout_at_work_is_left_to_pefts_forward(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,137 @@
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from align import few_rows
+from align.lora import _product as lora_product  # pyright: ignore[reportPrivateUsage]
+from align.products import frozen_product
+
+few_rows.prepare()
+DTYPES = sorted(few_rows._dtypes, key=str)  # pyright: ignore[reportPrivateUsage]
+pytestmark = pytest.mark.skipif(not DTYPES, reason="no AVX-512, or no C++ compiler")
+
+
+def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_by_hand(dtype: torch.dtype) -> None:
+    """x Wᵀ = (1 − 2, 3 · 1) = (−1, 3); x Aᵀ = 1 + 2 = 3, times B and 0.5: (3, −1.5); and the bias (10, 20)."""
+    x_NI, weight_OI = torch.tensor([[1.0, 2.0]], dtype=dtype), torch.tensor([[1.0, -1.0], [3.0, 0.0]], dtype=dtype)
+    bias_O = torch.tensor([10.0, 20.0], dtype=dtype)
+    a_RI, b_OR = torch.tensor([[1.0, 1.0]]), torch.tensor([[2.0], [-1.0]])
+    y_NO, low_NR = few_rows.product(x_NI, weight_OI, bias_O, a_RI, b_OR, 0.5)
+    assert y_NO.tolist() == [[12.0, 21.5]]
+    assert low_NR.tolist() == [[3.0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 4, 7, 8, 15, 16, 31, 64])
+@pytest.mark.parametrize(
+    ("num_in", "num_out", "rank"), [(1, 1, 0), (15, 3, 1), (32, 4, 16), (50, 33, 17), (97, 12, 40)]
+)
+def test_any_shape_is_the_exact_product_but_for_rounding(
+    dtype: torch.dtype, num_rows: int, num_in: int, num_out: int, rank: int
+) -> None:
+    x_NI, weight_OI = drawn(num_rows, num_in, seed=0, dtype=dtype), drawn(num_out, num_in, seed=1, dtype=dtype)
+    bias_O = drawn(num_out, seed=2, dtype=dtype) if rank != 1 else None
+    a_RI, b_OR = (drawn(rank, num_in, seed=3), drawn(num_out, rank, seed=4)) if rank else (None, None)
+    y_NO, low_NR = few_rows.product(x_NI, weight_OI, bias_O, a_RI, b_OR, 0.25)
+    exact = x_NI.double() @ weight_OI.double().t()
+    if a_RI is not None and b_OR is not None:
+        exact_low = x_NI.double() @ a_RI.double().t()
+        exact = exact + 0.25 * exact_low @ b_OR.double().t()
+        torch.testing.assert_close(low_NR.double(), exact_low, rtol=1e-5, atol=1e-4)
+    if bias_O is not None:
+        exact = exact + bias_O.double()
+    assert y_NO.dtype == dtype
+    rounding = 1e-5 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(y_NO.double(), exact, rtol=rounding, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_said_of_a_row_depends_neither_on_its_company_nor_on_threads(dtype: torch.dtype) -> None:
+    x_NI, weight_OI = drawn(23, 50, seed=0, dtype=dtype), drawn(33, 50, seed=1, dtype=dtype)
+    a_RI, b_OR = drawn(3, 50, seed=2), drawn(33, 3, seed=3)
+    whole_NO, _ = few_rows.product(x_NI, weight_OI, None, a_RI, b_OR)
+    threads = torch.get_num_threads()
+    try:
+        for num_threads in (1, 2, 3):
+            torch.set_num_threads(num_threads)
+            for rows in (slice(0, 1), slice(1, 4), slice(4, 23), slice(0, 23)):
+                assert torch.equal(few_rows.product(x_NI[rows], weight_OI, None, a_RI, b_OR)[0], whole_NO[rows])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_that_lie_apart_in_memory_are_read_where_they_are(dtype: torch.dtype) -> None:
+    x_NI = drawn(6, 40, seed=0, dtype=dtype)
+    weight_OI = drawn(5, 20, seed=1, dtype=dtype)
+    found_NO, _ = few_rows.product(x_NI[::2, 20:], weight_OI)
+    assert torch.equal(found_NO, few_rows.product(x_NI[::2, 20:].clone(), weight_OI)[0])
+
+
+def test_a_compiler_leaves_it_as_it_is() -> None:
+    x_NI, weight_OI, a_RI, b_OR = drawn(5, 7, seed=0), drawn(9, 7, seed=1), drawn(2, 7, seed=2), drawn(9, 2, seed=3)
+    compiled = torch.compile(lambda *given: few_rows.product(*given)[0] + 1, dynamic=True)
+    expected_NO = few_rows.product(x_NI, weight_OI, None, a_RI, b_OR)[0] + 1
+    assert torch.equal(compiled(x_NI, weight_OI, None, a_RI, b_OR), expected_NO)
+
+
+def test_frozen_layers_and_lora_take_it_for_few_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    product = few_rows.product
+
+    def counted(x_NI: Tensor, *args: Tensor) -> tuple[Tensor, Tensor]:
+        taken.append(len(x_NI))
+        return product(x_NI, *args)
+
+    monkeypatch.setattr(few_rows, "product", counted)
+    weight_OI, a_RI, b_OR = drawn(9, 7, seed=1), drawn(2, 7, seed=2), drawn(9, 2, seed=3)
+    for num_rows in (few_rows.FEW, few_rows.FEW + 1):
+        x_NI = drawn(num_rows, 7, seed=0)
+        frozen_product(x_NI, weight_OI)
+        lora_product(x_NI, weight_OI, None, a_RI, b_OR, 0.5)
+    assert taken == [few_rows.FEW] * 2
+    frozen_product(x_NI[:3], weight_OI.t().contiguous().t())  # GPT-2's lie the other way round
+    assert taken == [few_rows.FEW] * 2
+
+
+def test_without_a_compiler_it_says_so_and_torchs_products_do_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(few_rows, "_dtypes", frozenset[torch.dtype]())
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    x_NI, weight_OI = drawn(3, 7, seed=0), drawn(9, 7, seed=1)
+    with caplog.at_level(logging.WARNING):
+        few_rows.prepare()
+        assert "there is no C++ compiler" in caplog.text
+        monkeypatch.setenv("CXX", f"{tmp_path}/none")
+        few_rows.prepare()
+        assert f"{tmp_path}/none" in caplog.text
+    assert not few_rows.fits(x_NI, weight_OI)
+    torch.testing.assert_close(frozen_product(x_NI, weight_OI), x_NI @ weight_OI.t())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_compiler_that_fails_is_quoted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = tmp_path / "bin" / "broken"
+    broken.parent.mkdir()
+    broken.write_text("#!/bin/sh\necho 'no space left' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(few_rows, "_dtypes", frozenset[torch.dtype]())
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(broken))
+    with caplog.at_level(logging.WARNING):
+        few_rows.prepare()
+    assert "no space left" in caplog.text
+    assert list((tmp_path / "cache").iterdir()) == []
