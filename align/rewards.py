@@ -98,7 +98,7 @@ def judge(
     CPU, in the order given."""
     by_name = {source.name: torch.zeros(len(episodes)) for source in sources.sources}
     kls_N = torch.zeros(len(episodes))
-    for group in prompt_sorted_batches([e.prompt_ids for e in episodes], [e.response_ids for e in episodes], batch_size):
+    for group in prompt_sorted_batches([(e.prompt_ids, e.response_ids) for e in episodes], batch_size):
         chosen = [episodes[i] for i in group]
         batch = collate(chosen, pad_id=pad_id, device=model.device)
         if role != reference:  # or it is 0

@@ -12,15 +12,13 @@ def length_sorted_batches(lengths: Sequence[int], batch_size: int) -> list[list[
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def prompt_sorted_batches(
-    prompts: Sequence[tuple[int, ...]], responses: Sequence[tuple[int, ...]], batch_size: int
-) -> list[list[int]]:
-    """Indices of rows, `batch_size` at a time: those of one prompt side by side, shortest first, for what they share to
-    be computed once (`align.packing`); prompts by their longest row."""
+def prompt_sorted_batches(rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]], batch_size: int) -> list[list[int]]:
+    """Indices of rows, each a prompt and a response, `batch_size` at a time: those of one prompt side by side, shortest
+    first, for what they share to be computed once (`align.packing`); prompts by their longest row."""
     longest: dict[tuple[int, ...], int] = {}
-    for prompt, response in zip(prompts, responses, strict=True):
+    for prompt, response in rows:
         longest[prompt] = max(longest.get(prompt, 0), len(prompt) + len(response))
-    order = sorted(range(len(prompts)), key=lambda i: (longest[prompts[i]], prompts[i], len(responses[i])))
+    order = sorted(range(len(rows)), key=lambda i: (longest[rows[i][0]], rows[i][0], len(rows[i][1])))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 

@@ -57,7 +57,7 @@ def base_nll(
     bare = [tuple(i for i in ids if i not in codec.eos_ids) for ids in responses]
     found = [0.0] * len(bare)
     kept = [i for i, ids in enumerate(bare) if ids]
-    for group in prompt_sorted_batches([prompts[i] for i in kept], [bare[i] for i in kept], 16):
+    for group in prompt_sorted_batches([(prompts[i], bare[i]) for i in kept], 16):
         chosen = [kept[j] for j in group]
         batch = collate(
             [Episode(prompts[i], bare[i], has_eos=False) for i in chosen], pad_id=codec.pad_id, device=model.device

@@ -47,7 +47,7 @@ def score(model: AdaptedModel, member: Member, episodes: list[Episode], *, pad_i
     """Scores (N,) on the CPU, in the order given."""
     scores_N = torch.zeros(len(episodes))
     with model.role(member.name):
-        for group in prompt_sorted_batches([e.prompt_ids for e in episodes], [e.response_ids for e in episodes], batch_size):
+        for group in prompt_sorted_batches([(e.prompt_ids, e.response_ids) for e in episodes], batch_size):
             batch = collate([episodes[i] for i in group], pad_id=pad_id, device=model.device)
             scores_N[group] = score_pass(model, member.head, batch).cpu()
     return scores_N

@@ -1,5 +1,6 @@
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_frozen_layers_and_lora_take_it_for_few_rows_alone(monkeypatch: pytest.M
     taken: list[int] = []
     product = few_rows.product
 
-    def counted(x_NI: Tensor, *args: Tensor) -> tuple[Tensor, Tensor]:
+    def counted(x_NI: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         taken.append(len(x_NI))
         return product(x_NI, *args)
 

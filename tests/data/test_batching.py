@@ -11,8 +11,8 @@ def test_batches_are_sorted_by_length_and_equal_lengths_keep_their_order() -> No
 def test_rows_of_one_prompt_stand_side_by_side_shortest_first_and_prompts_by_their_longest_row() -> None:
     a, b, c = (1, 2), (3,), (4, 5)
     prompts, responses = [a, b, a, c, b], [(0,) * length for length in (6, 2, 1, 3, 4)]  # rows of 8, 3, 3, 5 and 5
-    assert prompt_sorted_batches(prompts, responses, 2) == [[1, 4], [3, 2], [0]]
-    assert prompt_sorted_batches([], [], 2) == []
+    assert prompt_sorted_batches(list(zip(prompts, responses, strict=True)), 2) == [[1, 4], [3, 2], [0]]
+    assert prompt_sorted_batches([], 2) == []
 
 
 def test_padding_stands_on_the_right_and_the_mask_comes_from_lengths() -> None:
