@@ -28,7 +28,7 @@ _FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
 _AVX512 = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "fma3")
 _LANES = 16  # rows of x Aᵀ are kept with room for a multiple of these
 
-_kernels: dict[torch.dtype, Callable[..., None]] = {}
+_kernels: dict[torch.dtype, Callable[..., Any]] = {}
 _dtypes: frozenset[torch.dtype] = frozenset()  # of the kernels, for a compiler to look at
 
 
@@ -48,9 +48,7 @@ def prepare() -> None:
             said.strip().splitlines()[0],
         )
         return
-    for dtype in has:
-        _kernels[dtype] = getattr(library, f"product_{str(dtype).removeprefix('torch.')}")
-        _kernels[dtype].restype = None
+    _kernels.update({dtype: getattr(library, f"product_{str(dtype).removeprefix('torch.')}") for dtype in has})
     _dtypes = frozenset(has)
 
 
@@ -95,7 +93,7 @@ def _product(
 
 def _supported() -> tuple[torch.dtype, ...]:
     """The dtypes in which this CPU can do it, and does it faster than torch."""
-    capabilities: dict[str, Any] = torch.cpu.get_capabilities()
+    capabilities = torch.cpu.get_capabilities()
     if torch.backends.cpu.get_cpu_capability() != "AVX512" or not all(capabilities.get(name) for name in _AVX512):
         return ()
     is_bfloat16_native = capabilities.get("avx512_bf16") and not capabilities.get("amx_bf16")  # AMX is torch's to use

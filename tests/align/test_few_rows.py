@@ -79,9 +79,11 @@ def test_rows_that_lie_apart_in_memory_are_read_where_they_are(dtype: torch.dtyp
 
 def test_a_compiler_leaves_it_as_it_is() -> None:
     x_NI, weight_OI, a_RI, b_OR = drawn(5, 7, seed=0), drawn(9, 7, seed=1), drawn(2, 7, seed=2), drawn(9, 2, seed=3)
-    compiled = torch.compile(lambda *given: few_rows.product(*given)[0] + 1, dynamic=True)
-    expected_NO = few_rows.product(x_NI, weight_OI, None, a_RI, b_OR)[0] + 1
-    assert torch.equal(compiled(x_NI, weight_OI, None, a_RI, b_OR), expected_NO)
+
+    def said(x_NI: Tensor) -> Tensor:
+        return few_rows.product(x_NI, weight_OI, None, a_RI, b_OR)[0] + 1
+
+    assert torch.equal(torch.compile(said, dynamic=True)(x_NI), said(x_NI))
 
 
 def test_frozen_layers_and_lora_take_it_for_few_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
