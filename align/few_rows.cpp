@@ -1,8 +1,8 @@
 // y = x Wᵀ + b + s (x Aᵀ) Bᵀ of few rows x, for CPUs with AVX-512. See few_rows.py.
 //
-// The weight is read once, row after row as it lies, by a tile of TILE of its rows at a time against BLOCK rows of x;
-// meanwhile the next tile is fetched. Each product of two rows is summed in 16 lanes, and the lanes by one tree, so what
-// is said of a row of x depends neither on the rows beside it nor on the number of threads.
+// The weight is read once, as it lies, by a tile of TILE of its rows at a time against BLOCK rows of x after BLOCK; from
+// BLOCK rows on the next tile is fetched in the meantime. Each product of two rows is summed in 16 lanes, and the lanes
+// by one tree, so what is said of a row of x depends neither on the rows beside it nor on the number of threads.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -101,8 +101,7 @@ struct Product {
   Output* y;
   int64_t num_rows, num_in, num_out, y_stride;
 
-  // What `tiles` tiles' worth of outputs say, from the first row of w on: T rows of w against X of x. FETCH lines of the
-  // next tile are fetched a step.
+  // T rows of w against X of x, from `out` and `row` on. FETCH lines from `next` on are fetched a step.
   template <int T, int X, int FETCH>
   __attribute__((always_inline)) void tile(int64_t row, int64_t out, const char* next) const {
     using S = Step<Weight, Input>;

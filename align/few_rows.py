@@ -9,9 +9,12 @@ compiler, or AVX-512, torch's own products do it.
 import ctypes
 import logging
 import os
+import shlex
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from align.embedded import cache_folder
 
 FEW = 64  # rows, at most; from there on libraries are as fast
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_COMPILERS = ("c++", "g++", "clang++")
+_COMPILERS = ("g++", "c++")
 _FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
 _AVX512 = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "fma3")
 _LANES = 16  # rows of x Aᵀ are kept with room for a multiple of these
@@ -33,19 +36,19 @@ _dtypes: frozenset[torch.dtype] = frozenset()  # of the kernels, for a compiler 
 
 
 def prepare() -> None:
-    """Compile or find the kernels that are faster than torch's products on this CPU. To be called before weights are
-    used; after the first time it does nothing. Where they cannot be had it says why, once, and all goes on without."""
+    """Compile or find the kernels that are faster than torch's products on this CPU; to be called before weights are
+    used. Where they cannot be had it says why, and all goes on without."""
     global _dtypes
     if _dtypes or not (has := _supported()):
         return
     try:
-        library = ctypes.CDLL(str(_built(is_bfloat16_native=torch.bfloat16 in has)))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = error.stderr if isinstance(error, subprocess.CalledProcessError) and error.stderr else str(error)
+        library = _loaded(is_bfloat16_native=torch.bfloat16 in has)
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+        said = str(getattr(error, "stderr", None) or error).strip().splitlines() or [repr(error)]
         logging.getLogger(__name__).warning(
             "answers are generated more slowly than they could be, with torch's products: few_rows.cpp could not be "
             "compiled or loaded: %s",
-            said.strip().splitlines()[0],
+            next((line for line in said if "error" in line), said[0]),
         )
         return
     _kernels.update({dtype: getattr(library, f"product_{str(dtype).removeprefix('torch.')}") for dtype in has})
@@ -53,8 +56,16 @@ def prepare() -> None:
 
 
 def fits(x_NI: Tensor, weight_OI: Tensor) -> bool:
-    """Whether `product` is there for these, and faster than torch's."""
-    return x_NI.dtype in _dtypes and x_NI.device.type == "cpu" and 0 < len(x_NI) <= FEW and weight_OI.is_contiguous()
+    """Whether `product` is there for these, and faster than torch's. It has no gradient, so not if one is wanted."""
+    return (
+        x_NI.dtype in _dtypes
+        and 0 < x_NI.shape[0] <= FEW
+        and x_NI.device.type == weight_OI.device.type == "cpu"
+        and x_NI.dtype == weight_OI.dtype
+        and x_NI.shape[1] == weight_OI.shape[1]
+        and weight_OI.is_contiguous()
+        and not (x_NI.requires_grad and torch.is_grad_enabled())
+    )
 
 
 def product(
@@ -83,7 +94,7 @@ def _product(
     stride = -(-rank // _LANES) * _LANES
     y_NO = x_NI.new_empty(num_rows, num_out)
     low_NS = x_NI.new_zeros(num_rows, stride, dtype=torch.float32)
-    held = (x_NI, weight_OI, bias_O, *(None if own is None else own.contiguous() for own in (a_RI, b_OR)))
+    held = (x_NI, weight_OI, *(None if own is None else own.contiguous() for own in (bias_O, a_RI, b_OR)))
     x, weight, bias, a, b = (None if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor in held)
     y, low = ctypes.c_void_p(y_NO.data_ptr()), ctypes.c_void_p(low_NS.data_ptr())
     sizes = (ctypes.c_int64(size) for size in (num_rows, num_in, num_out, rank, stride))
@@ -100,26 +111,26 @@ def _supported() -> tuple[torch.dtype, ...]:
     return (torch.float32, torch.bfloat16) if is_bfloat16_native else (torch.float32,)
 
 
-def _built(*, is_bfloat16_native: bool) -> Path:
-    """The compiled library, from the cache folder or put there. Raises OSError or SubprocessError."""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, _COMPILERS), None)
-    if compiler is None:
-        raise OSError(f"there is no C++ compiler ({', '.join(_COMPILERS)}; or name one in CXX)")
+def _loaded(*, is_bfloat16_native: bool) -> ctypes.CDLL:
+    """The compiled library, from the cache folder or put there. Raises OSError or SubprocessError, among others."""
+    compiler = shlex.split(os.environ.get("CXX", "")) or [name for name in _COMPILERS if shutil.which(name)][:1]
+    if not compiler:
+        raise OSError(f"there is no C++ compiler ({' or '.join(_COMPILERS)}; or name one in CXX)")
     instructions = [f"-m{name.replace('_', '').replace('fma3', 'fma')}" for name in _AVX512]
-    flags = [*_FLAGS, *instructions, *(["-mavx512bf16"] if is_bfloat16_native else [])]
-    key = sha256_of_json([_SOURCE.read_text(encoding="utf-8"), compiler, *flags])
+    command = [*compiler, *_FLAGS, *instructions, *(["-mavx512bf16"] if is_bfloat16_native else []), str(_SOURCE)]
+    key = sha256_of_json([_SOURCE.read_text(encoding="utf-8"), *command[:-1]])
     path = cache_folder() / f"few_rows-{key[:16]}.so"
-    if not path.is_file():
-        logging.getLogger(__name__).info("compiling the products of few rows once (some 3 s)")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            command = [*compiler.split(), *flags, str(_SOURCE), "-o", str(temporary)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=120)
-            temporary.replace(path)  # whole or not there
-        finally:
-            temporary.unlink(missing_ok=True)
-    return path
+    with suppress(OSError):  # not there, or damaged
+        return ctypes.CDLL(str(path))
+    logging.getLogger(__name__).info("compiling the products of few rows once (some 3 s)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        subprocess.run(
+            [*command, "-o", str(made)], check=True, capture_output=True, text=True, errors="replace", timeout=120
+        )
+        made.replace(path)  # whole or not there
+    return ctypes.CDLL(str(path))
 
 
 _LIBRARY = torch.library.Library("align", "FRAGMENT")
@@ -130,9 +141,10 @@ _LIBRARY.impl("few_rows_product", _product, "CPU")
 
 
 def _fake(x: Tensor, weight: Tensor, _: Any, a: Tensor | None, *__: Any) -> tuple[Tensor, Tensor]:
-    rank = 0 if a is None else len(a)
+    num_rows = x.shape[0]  # len(x) would make another graph for each number
+    rank = 0 if a is None else a.shape[0]
     stride = -(-rank // _LANES) * _LANES
-    return x.new_empty(len(x), len(weight)), x.new_empty(len(x), stride, dtype=torch.float32)[:, :rank]
+    return x.new_empty(num_rows, weight.shape[0]), x.new_empty(num_rows, stride, dtype=torch.float32)[:, :rank]
 
 
 torch.library.register_fake("align::few_rows_product", _fake, lib=_LIBRARY)

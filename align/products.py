@@ -88,7 +88,8 @@ def _add_product_op(total: Tensor, left: Tensor, right: Tensor, scale: float) ->
 _LIBRARY = torch.library.Library("align", "DEF")
 _LIBRARY.define("onednn_product(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 _LIBRARY.impl("onednn_product", _onednn_product, "CPU")
-torch.library.register_fake("align::onednn_product", lambda x, w, _: x.new_empty(len(x), len(w)), lib=_LIBRARY)
+# shapes, for len(x) would make another graph for each number of rows
+torch.library.register_fake("align::onednn_product", lambda x, w, _: x.new_empty(x.shape[0], w.shape[0]), lib=_LIBRARY)
 _LIBRARY.define("add_product_(Tensor(a!) total, Tensor left, Tensor right, float scale) -> ()")
 _LIBRARY.impl("add_product_", _add_product_op, "CompositeExplicitAutograd")
 torch.library.register_fake("align::add_product_", lambda *_: None, lib=_LIBRARY)

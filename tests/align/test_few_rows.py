@@ -1,18 +1,26 @@
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from align import few_rows
 from align.lora import _product as lora_product  # pyright: ignore[reportPrivateUsage]
 from align.products import frozen_product
 
-few_rows.prepare()
-DTYPES = sorted(few_rows._dtypes, key=str)  # pyright: ignore[reportPrivateUsage]
-pytestmark = pytest.mark.skipif(not DTYPES, reason="no AVX-512, or no C++ compiler")
+DTYPES = few_rows._supported()  # pyright: ignore[reportPrivateUsage]
+HAS_COMPILER = any(map(shutil.which, few_rows._COMPILERS))  # pyright: ignore[reportPrivateUsage]
+pytestmark = pytest.mark.skipif(not (DTYPES and HAS_COMPILER), reason="no AVX-512, or no C++ compiler")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _prepared() -> None:
+    few_rows.prepare()
+    assert few_rows._dtypes == set(DTYPES)  # pyright: ignore[reportPrivateUsage]
 
 
 def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -70,7 +78,7 @@ def test_what_is_said_of_a_row_depends_neither_on_its_company_nor_on_threads(dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_that_lie_apart_in_memory_are_read_where_they_are(dtype: torch.dtype) -> None:
+def test_rows_may_lie_apart_in_memory(dtype: torch.dtype) -> None:
     x_NI = drawn(6, 40, seed=0, dtype=dtype)
     weight_OI = drawn(5, 20, seed=1, dtype=dtype)
     found_NO, _ = few_rows.product(x_NI[::2, 20:], weight_OI)
@@ -78,12 +86,33 @@ def test_rows_that_lie_apart_in_memory_are_read_where_they_are(dtype: torch.dtyp
 
 
 def test_a_compiler_leaves_it_as_it_is() -> None:
-    x_NI, weight_OI, a_RI, b_OR = drawn(5, 7, seed=0), drawn(9, 7, seed=1), drawn(2, 7, seed=2), drawn(9, 2, seed=3)
+    weight_OI, a_RI, b_OR = drawn(9, 7, seed=1), drawn(2, 7, seed=2), drawn(9, 2, seed=3)
 
     def said(x_NI: Tensor) -> Tensor:
         return few_rows.product(x_NI, weight_OI, None, a_RI, b_OR)[0] + 1
 
-    assert torch.equal(torch.compile(said, dynamic=True)(x_NI), said(x_NI))
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(said, dynamic=True, backend=counter)
+    graphs: set[int] = set()
+    for rows in (5, 4, 3):
+        own_NI = drawn(rows, 7, seed=rows)
+        assert torch.equal(compiled(own_NI), said(own_NI))
+        graphs.add(counter.frame_count)
+    assert len(graphs) == 1  # none is made for another number of rows
+
+
+def test_it_is_left_where_it_would_be_wrong() -> None:
+    x_NI, weight_OI = drawn(3, 8, seed=0), drawn(4, 8, seed=1)
+    assert few_rows.fits(x_NI, weight_OI)
+    assert not few_rows.fits(x_NI.double(), weight_OI)
+    assert not few_rows.fits(x_NI.bfloat16(), weight_OI)
+    assert not few_rows.fits(x_NI[:, :7], weight_OI)
+    assert not few_rows.fits(x_NI, weight_OI.to("meta"))
+    assert not few_rows.fits(x_NI[:0], weight_OI)
+    wanted_NI = x_NI.clone().requires_grad_()
+    assert not few_rows.fits(wanted_NI, weight_OI)  # it has no gradient
+    frozen_product(wanted_NI, weight_OI).sum().backward()
+    torch.testing.assert_close(wanted_NI.grad, weight_OI.sum(0).expand(3, 8))
 
 
 def test_frozen_layers_and_lora_take_it_for_few_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,17 +153,31 @@ def test_without_a_compiler_it_says_so_and_torchs_products_do_it(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_damaged_library_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    load = few_rows._loaded  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "whole"))
+    assert hasattr(load(is_bfloat16_native=False), "product_float32")
+    (whole,) = (tmp_path / "whole").iterdir()
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "damaged"))
+    damaged = tmp_path / "damaged" / whole.name
+    damaged.parent.mkdir()
+    damaged.write_bytes(whole.read_bytes()[:100])
+    assert hasattr(load(is_bfloat16_native=False), "product_float32")
+    assert list(damaged.parent.iterdir()) == [damaged]
+    assert damaged.read_bytes() == whole.read_bytes()
+
+
 def test_a_compiler_that_fails_is_quoted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken = tmp_path / "bin" / "broken"
     broken.parent.mkdir()
-    broken.write_text("#!/bin/sh\necho 'no space left' >&2\nexit 1\n")
+    broken.write_text("#!/bin/sh\necho; echo 'In file included' >&2; echo 'error: no space left' >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setattr(few_rows, "_dtypes", frozenset[torch.dtype]())
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", str(broken))
     with caplog.at_level(logging.WARNING):
         few_rows.prepare()
-    assert "no space left" in caplog.text
+    assert caplog.text.strip().endswith("error: no space left")
     assert list((tmp_path / "cache").iterdir()) == []
