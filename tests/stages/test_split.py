@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from align.artifacts import read_json
 from align.config import RewardConfig, SFTConfig
 from align.context import RewardInputs, SFTInputs, StageResult
-from data.batching import length_sorted_batches
+from data.batching import length_sorted_batches, prompt_sorted_batches
 from stages.ppo.train import run_ppo
 from stages.reward.train import run_reward
 from stages.sft.train import run_sft
@@ -82,11 +82,15 @@ def test_a_checkpoint_says_in_how_many_parts_it_was_computed(tmp_path: Path) -> 
 def test_the_parts_computed_at_once_are_as_small_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: set[int] = set()
 
-    def seen(lengths: list[int], size: int) -> list[list[int]]:
-        sizes.add(size)
-        return length_sorted_batches(lengths, size)
+    def seeing(batches: Callable[..., list[list[int]]]) -> Callable[..., list[list[int]]]:
+        def seen(rows: list[Any], size: int) -> list[list[int]]:
+            sizes.add(size)
+            return batches(rows, size)
 
-    for module in ("stages.ppo.rollout", "stages.ppo.learn", "align.rewards"):
-        monkeypatch.setattr(f"{module}.length_sorted_batches", seen)
+        return seen
+
+    for module in ("stages.ppo.rollout", "stages.ppo.learn"):
+        monkeypatch.setattr(f"{module}.length_sorted_batches", seeing(length_sorted_batches))
+    monkeypatch.setattr("align.rewards.prompt_sorted_batches", seeing(prompt_sorted_batches))
     ppo(tmp_path, 4)
     assert sizes == {1}
