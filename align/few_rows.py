@@ -91,7 +91,7 @@ def _product(
     x_NI = x_NI.contiguous()
     (num_rows, num_in), num_out = x_NI.shape, len(weight_OI)
     rank = 0 if a_RI is None else len(a_RI)
-    stride = -(-rank // _LANES) * _LANES
+    stride = _stride(rank)
     y_NO = x_NI.new_empty(num_rows, num_out)
     low_NS = x_NI.new_zeros(num_rows, stride, dtype=torch.float32)
     held = (x_NI, weight_OI, *(None if own is None else own.contiguous() for own in (bias_O, a_RI, b_OR)))
@@ -100,6 +100,11 @@ def _product(
     sizes = (ctypes.c_int64(size) for size in (num_rows, num_in, num_out, rank, stride))
     _kernels[x_NI.dtype](x, weight, bias, a, b, ctypes.c_float(scale), y, low, *sizes, torch.get_num_threads())
     return y_NO, low_NS[:, :rank]
+
+
+def _stride(rank: int) -> int:
+    """Floats that a row of x Aᵀ is kept in."""
+    return -(-rank // _LANES) * _LANES
 
 
 def _supported() -> tuple[torch.dtype, ...]:
@@ -143,7 +148,7 @@ _LIBRARY.impl("few_rows_product", _product, "CPU")
 def _fake(x: Tensor, weight: Tensor, _: Any, a: Tensor | None, *__: Any) -> tuple[Tensor, Tensor]:
     num_rows = x.shape[0]  # len(x) would make another graph for each number
     rank = 0 if a is None else a.shape[0]
-    stride = -(-rank // _LANES) * _LANES
+    stride = _stride(rank)
     return x.new_empty(num_rows, weight.shape[0]), x.new_empty(num_rows, stride, dtype=torch.float32)[:, :rank]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from align import few_rows
 from align.adapters import AdaptedModel
 from align.base import load_base
 from align.config import AdaptersConfig, BaseModelConfig
@@ -39,9 +40,12 @@ def learnt(model: AdaptedModel, ids_BS: Tensor) -> tuple[Tensor, list[Tensor]]:
 
 @pytest.mark.slow  # a C++ compiler is at work
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_compiled_layers_say_the_same_with_and_without_gradients_and_what_plain_ones_say(dtype: str) -> None:
+def test_compiled_layers_say_the_same_with_and_without_gradients_and_what_plain_ones_say(
+    dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(few_rows, "fits", lambda *_: False)  # so few tokens, but by the products that learning has
     (plain, compiled), (whole, _) = both(dtype), both("float32")
-    for shape in ((20, 9), (14, 14)):
+    for shape in ((3, 9), (2, 14)):
         ids_BS = torch.randint(0, 250, shape, generator=torch.Generator().manual_seed(0))
         ids_BS[:, :4] = ids_BS[0, :4]  # plain layers compute that once
         hidden_BSH, gradients = learnt(compiled, ids_BS)
@@ -52,9 +56,9 @@ def test_compiled_layers_say_the_same_with_and_without_gradients_and_what_plain_
         # as near to float32's plain layers as plain layers of this dtype are
         exact_BSH, exact = learnt(whole, ids_BS)
         plain_BSH, expected = learnt(plain, ids_BS)
-        assert distance(hidden_BSH, exact_BSH) <= 2 * distance(plain_BSH, exact_BSH) + 1e-5
+        assert distance(hidden_BSH, exact_BSH) <= 1.5 * distance(plain_BSH, exact_BSH) + 1e-5
         for ours, theirs, true in zip(gradients, expected, exact, strict=True):
-            assert distance(ours, true) <= 2 * distance(theirs, true) + 1e-4
+            assert distance(ours, true) <= 1.5 * distance(theirs, true) + 1e-4
     # outside of these passes the layers are plain, and nothing stays switched
     layers = [layer for layer in compiled.base.model.modules() if hasattr(layer, "self_attn")]
     assert len(layers) == 2
