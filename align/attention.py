@@ -6,25 +6,20 @@ three query heads a group that is most of what decoding moves. The queries of a 
 same keys, so they stand side by side instead.
 
 Learning: a mask that only hides padding on the right is not needed, since causal attention never looks there; without
-one, nothing is repeated either. And torch's flash attention takes longer backwards in a CPU's bfloat16 than in float32
-(of 80 to 128 tokens 3 to 5 times, with torch 2.13), so there it goes back in float32, nearer the exact gradient.
+one, nothing is repeated either, and on a CPU short rows go to `align.row_attention`.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from align import packing
+from align import packing, row_attention
 
 _NAME = "align_sdpa"
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-_FLOAT32_LENGTH = 256  # tokens of a row, at most, that go back in float32: past it bfloat16 is the faster one
 
 
 def use_own_attention(model: PreTrainedModel) -> None:
@@ -64,6 +59,9 @@ def _attend(
     """query (B, heads, S, D), key and value (B, groups, L, D), mask (B, 1, S, L) → (B, S, heads, D). Packed rows
     come as (1, heads, N, D), and go as (1, N, heads, D)."""
     packed = packing.present()
+    if _is_plain(module, attention_mask, options) and row_attention.fits(query, key, value, packed):
+        scale = options.get("scaling")
+        return row_attention.attend(query, key, value, packed, query.shape[3] ** -0.5 if scale is None else scale), None
     if packed is None:
         return _attend_rows(module, query, key, value, attention_mask, **options)
     query, key, value = (packed.unpack(states, dim=2) for states in (query, key, value))
@@ -75,9 +73,6 @@ def _attend_rows(
 ) -> tuple[Tensor, None]:
     batch, num_heads, length, _ = query.shape
     num_groups = key.shape[1]
-    if _goes_back_in_float32(module, query, key, value, attention_mask, options):
-        out = _ShortAttention.apply(query, key, value, options.get("scaling"))
-        return out.transpose(1, 2).contiguous(), None
     if length > 1 or num_heads == num_groups or options.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     grouped = query.view(batch, num_groups, num_heads // num_groups, -1)
@@ -88,36 +83,12 @@ def _attend_rows(
     return out.view(batch, 1, num_heads, -1), None
 
 
-def _goes_back_in_float32(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
-) -> bool:
-    """Whether it is plain causal attention of whole short rows in a CPU's bfloat16."""
+def _is_plain(module: nn.Module, mask: Tensor | None, options: dict[str, Any]) -> bool:
+    """Whether it is causal attention and nothing else."""
     is_causal = options.get("is_causal")
     return (
-        query.device.type == "cpu"
-        and query.dtype == torch.bfloat16
-        and 1 < query.shape[2] == key.shape[2] <= _FLOAT32_LENGTH
-        and query.shape[3] == value.shape[3]
-        and mask is None
+        mask is None
         and bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
         and not options.get("dropout")
         and options.get("position_bias") is None
     )
-
-
-class _ShortAttention(torch.autograd.Function):
-    """torch's own flash attention, forwards as ever, backwards in float32."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
-        out, logsumexp = _flash(query, key, value, 0.0, True, scale=scale)
-        ctx.save_for_backward(query, key, value, out, logsumexp)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    @once_differentiable  # it has no types, so pyright misses the name of ctx
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        *wide, logsumexp = (tensor.float() for tensor in ctx.saved_tensors)
-        found = _flash_backward(gradients[0].float(), *wide, logsumexp, 0.0, True, scale=ctx.scale)
-        return *(gradient.to(gradients[0].dtype) for gradient in found), None

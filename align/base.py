@@ -127,7 +127,7 @@ def load_base(config: BaseModelConfig) -> Base:
     """
     import torch
 
-    from align import few_rows
+    from align import few_rows, row_attention
     from align.attention import use_own_attention
     from align.products import bound_kernel_caches
 
@@ -149,6 +149,7 @@ def load_base(config: BaseModelConfig) -> Base:
     bound_kernel_caches()
     if device.type == "cpu":
         few_rows.prepare()
+        row_attention.prepare()
     model, tokenizer = _load_whole(folder, config, dtype)
     if getattr(model, "_is_stateful", False):
         raise ModelError(

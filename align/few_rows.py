@@ -2,33 +2,21 @@
 products read weights at a fraction of what memory gives.
 
 One pass over the weight, in few_rows.cpp, with the low-rank part inside: each output is one sum over x and x Aᵀ, in
-float32 whatever the dtype. It is compiled once, when a base is loaded, and kept in the cache folder. Without a C++
-compiler, or AVX-512, torch's own products do it.
+float32 whatever the dtype. Where `align.native` cannot have it, torch's own products do it.
 """
 
 import ctypes
-import logging
-import os
-import shlex
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from align.artifacts import sha256_of_json
-from align.embedded import cache_folder
+from align import native
 
 FEW = 64  # rows, at most; from there on libraries are as fast
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_COMPILERS = ("g++", "c++")
-_FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
-_AVX512 = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "fma3")
 _LANES = 16  # rows of x Aᵀ are kept with room for a multiple of these
 
 _kernels: dict[torch.dtype, Callable[..., Any]] = {}
@@ -41,18 +29,14 @@ def prepare() -> None:
     global _dtypes
     if _dtypes or not (has := _supported()):
         return
-    try:
-        library = _loaded(is_bfloat16_native=torch.bfloat16 in has)
-    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
-        said = str(getattr(error, "stderr", None) or error).strip().splitlines() or [repr(error)]
-        logging.getLogger(__name__).warning(
-            "answers are generated more slowly than they could be, with torch's products: few_rows.cpp could not be "
-            "compiled or loaded: %s",
-            next((line for line in said if "error" in line), said[0]),
-        )
-        return
-    _kernels.update({dtype: getattr(library, f"product_{str(dtype).removeprefix('torch.')}") for dtype in has})
-    _dtypes = frozenset(has)
+    library = native.library(
+        _SOURCE,
+        *(("-mavx512bf16",) if torch.bfloat16 in has else ()),
+        loss="answers are generated more slowly than they could be, with torch's products",
+    )
+    if library is not None:
+        _kernels.update({dtype: getattr(library, f"product_{str(dtype).removeprefix('torch.')}") for dtype in has})
+        _dtypes = frozenset(has)
 
 
 def fits(x_NI: Tensor, weight_OI: Tensor) -> bool:
@@ -109,33 +93,11 @@ def _stride(rank: int) -> int:
 
 def _supported() -> tuple[torch.dtype, ...]:
     """The dtypes in which this CPU can do it, and does it faster than torch."""
-    capabilities = torch.cpu.get_capabilities()
-    if torch.backends.cpu.get_cpu_capability() != "AVX512" or not all(capabilities.get(name) for name in _AVX512):
+    if not native.has_avx512():
         return ()
+    capabilities = torch.cpu.get_capabilities()
     is_bfloat16_native = capabilities.get("avx512_bf16") and not capabilities.get("amx_bf16")  # AMX is torch's to use
     return (torch.float32, torch.bfloat16) if is_bfloat16_native else (torch.float32,)
-
-
-def _loaded(*, is_bfloat16_native: bool) -> ctypes.CDLL:
-    """The compiled library, from the cache folder or put there. Raises OSError or SubprocessError, among others."""
-    compiler = shlex.split(os.environ.get("CXX", "")) or [name for name in _COMPILERS if shutil.which(name)][:1]
-    if not compiler:
-        raise OSError(f"there is no C++ compiler ({' or '.join(_COMPILERS)}; or name one in CXX)")
-    instructions = [f"-m{name.replace('_', '').replace('fma3', 'fma')}" for name in _AVX512]
-    command = [*compiler, *_FLAGS, *instructions, *(["-mavx512bf16"] if is_bfloat16_native else []), str(_SOURCE)]
-    key = sha256_of_json([_SOURCE.read_text(encoding="utf-8"), *command[:-1]])
-    path = cache_folder() / f"few_rows-{key[:16]}.so"
-    with suppress(OSError):  # not there, or damaged
-        return ctypes.CDLL(str(path))
-    logging.getLogger(__name__).info("compiling the products of few rows once (some 3 s)")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        subprocess.run(
-            [*command, "-o", str(made)], check=True, capture_output=True, text=True, errors="replace", timeout=120
-        )
-        made.replace(path)  # whole or not there
-    return ctypes.CDLL(str(path))
 
 
 _LIBRARY = torch.library.Library("align", "FRAGMENT")

@@ -25,8 +25,10 @@ class PackedRows:
     """Where the N distinct tokens of right-padded rows (B, L) stand."""
 
     shape: tuple[int, int]  # (B, L)
-    first_N: Tensor  # int64: the place in B·L of each packed token, or of the first of its equals
-    packed_at: Tensor  # int64 (B·L,): the packed token of each place; of padding any
+    first_N: Tensor  # int64, as all these: the place in B·L of each packed token, or of the first of its equals
+    packed_BL: Tensor  # the packed token of each place; of padding any
+    lengths_B: Tensor  # tokens of each row
+    shared_B: Tensor  # how many of them, from its begin on, stand in an earlier row, too
     equals: tuple[tuple[Tensor, Tensor], ...]  # the packed tokens (K,) that stand for C, and their places (K, C)
 
     @staticmethod
@@ -41,10 +43,11 @@ class PackedRows:
         if len(first_N) > (1 - _LEAST_SAVED) * ids_BL.numel():
             return None
         number_BL = (is_first_BL.flatten().cumsum(0) - 1).view(num_rows, length)
-        packed_at = number_BL.gather(0, first_row_BL).flatten().clamp(min=0)
+        packed_BL = number_BL.gather(0, first_row_BL).clamp(min=0)
         places_T = is_token_BL.flatten().nonzero()[:, 0]
-        equals = _equals(packed_at[places_T], places_T)
-        return PackedRows((num_rows, length), first_N, packed_at, equals)
+        equals = _equals(packed_BL.flatten()[places_T], places_T)
+        lengths_B = is_token_BL.sum(1)
+        return PackedRows((num_rows, length), first_N, packed_BL, lengths_B, lengths_B - is_first_BL.sum(1), equals)
 
     def pack(self, rows: Tensor) -> Tensor:
         """(1, N, ...) from (B, L, ...), which must be the same wherever the tokens are."""
@@ -85,7 +88,7 @@ class _Pack(torch.autograd.Function):
     @once_differentiable  # it has no types, so pyright misses the name of ctx
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         packing: PackedRows = ctx.packing
-        rows = gradients[0].new_zeros(len(packing.packed_at), *gradients[0].shape[1:])
+        rows = gradients[0].new_zeros(packing.packed_BL.numel(), *gradients[0].shape[1:])
         return rows.index_copy_(0, packing.first_N, gradients[0]), None
 
 
@@ -95,7 +98,7 @@ class _Unpack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, packed: Tensor, packing: PackedRows) -> Tensor:
         ctx.packing = packing
-        return packed.index_select(0, packing.packed_at)
+        return packed.index_select(0, packing.packed_BL.flatten())
 
     @staticmethod
     @once_differentiable  # it has no types, so pyright misses the name of ctx

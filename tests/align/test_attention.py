@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from align import attention
+from align import row_attention
 from align.attention import _attend, _mask  # pyright: ignore[reportPrivateUsage]
-from tests.resident import SHAPES, distance, resident
+from tests.resident import SHAPES, resident
 
 
 @pytest.mark.parametrize("has_mask", [True, False])
@@ -68,42 +68,42 @@ def test_tokens_before_padding_are_the_same_with_and_without_a_mask(shape: str) 
     torch.testing.assert_close(masked[is_token_BS], plain[is_token_BS])
 
 
-# ---- the backward pass in bfloat16 ----
+# ---- short rows of a CPU ----
 
 
-def gradients(inputs: list[Tensor], weight: Tensor, attend: Any) -> list[Tensor]:
-    """The output and the gradients of Σ weight · attention by queries, keys and values."""
-    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_plain_causal_attention_of_short_rows_goes_to_row_attention_and_no_other(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+
+    def watched(query: Tensor, *_: Any) -> Tensor:
+        taken.append(query.shape[2])
+        return query.transpose(1, 2)
+
+    monkeypatch.setattr(row_attention, "attend", watched)
+    monkeypatch.setattr(row_attention, "_dtypes", frozenset((dtype,)))
     module = nn.Module()
-    module.num_key_value_groups, module.is_causal = inputs[0].shape[1] // inputs[1].shape[1], True  # type: ignore[assignment]
-    out, _ = attend(module, *inputs, None, scaling=0.3)
-    return [out.detach(), *torch.autograd.grad((out * weight.to(out.dtype)).sum(), inputs)]
+    module.num_key_value_groups, module.is_causal = 3, True  # type: ignore[assignment]
+    longest = row_attention.LONGEST
+    for length in (2, 80, longest):
+        query, key, value = (torch.randn(2, heads, length, 16).to(dtype) for heads in (6, 2, 2))
+        _attend(module, query, key, value, None, scaling=0.3)
+    assert taken == [2, 80, longest]
+    query, key, value = (torch.randn(2, heads, 8, 16).to(dtype) for heads in (6, 2, 2))
+    _attend(module, query, key, value, torch.ones(2, 1, 8, 8, dtype=torch.bool), scaling=0.3)
+    _attend(module, query, key, value, None, scaling=0.3, is_causal=False)
+    _attend(module, query, key, value, None, scaling=0.3, dropout=0.1)
+    _attend(module, query[:, :, -1:], key, value, None, scaling=0.3)
+    assert len(taken) == 3
 
 
-@pytest.mark.parametrize("length", [2, 80, 256, 257])
-def test_the_gradients_in_bfloat16_are_no_further_from_the_exact_ones_than_torchs(length: int) -> None:
-    torch.manual_seed(0)
-    narrow = [torch.randn(2, heads, length, 16).bfloat16() for heads in (6, 2, 2)]
-    weight = torch.randn(2, length, 6, 16)
-    exact = gradients([tensor.float() for tensor in narrow], weight, sdpa_attention_forward)
-    theirs = gradients(narrow, weight, sdpa_attention_forward)
-    ours = gradients(narrow, weight, _attend)
-    assert torch.equal(ours[0], theirs[0])  # forwards it is torch's own, to the bit
-    for own, other, true in zip(ours, theirs, exact, strict=True):
-        assert own.dtype == other.dtype
-        assert distance(own, true) <= 1.01 * distance(other, true)
-
-
-def test_the_backward_pass_in_bfloat16_is_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[torch.dtype] = []
-    plain = attention._flash_backward  # pyright: ignore[reportPrivateUsage]
-
-    def watched(gradient: Tensor, *args: Any, **kwargs: Any) -> Any:
-        found.append(gradient.dtype)
-        return plain(gradient, *args, **kwargs)
-
-    monkeypatch.setattr(attention, "_flash_backward", watched)
-    for length in (256, 257):
-        inputs = [torch.randn(1, heads, length, 16).bfloat16() for heads in (6, 2, 2)]
-        gradients(inputs, torch.randn(1, length, 6, 16), _attend)
-    assert found == [torch.float32]  # the longer one is torch's
+@pytest.mark.parametrize("shape", SHAPES)
+def test_with_and_without_it_a_model_says_the_same(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    trunk = resident(shape).trunk
+    ids_BS = torch.randint(0, 250, (3, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        own = trunk(input_ids=ids_BS).last_hidden_state
+        monkeypatch.setattr(row_attention, "_dtypes", frozenset[torch.dtype]())
+        torchs = trunk(input_ids=ids_BS).last_hidden_state
+    torch.testing.assert_close(own, torchs)
