@@ -127,7 +127,7 @@ def load_base(config: BaseModelConfig) -> Base:
     """
     import torch
 
-    from align import few_rows, row_attention
+    from align import few_rows, pointwise, row_attention
     from align.attention import use_own_attention
     from align.products import bound_kernel_caches
 
@@ -150,6 +150,7 @@ def load_base(config: BaseModelConfig) -> Base:
     if device.type == "cpu":
         few_rows.prepare()
         row_attention.prepare()
+        pointwise.prepare()
     model, tokenizer = _load_whole(folder, config, dtype)
     if getattr(model, "_is_stateful", False):
         raise ModelError(
@@ -159,6 +160,8 @@ def load_base(config: BaseModelConfig) -> Base:
     _loads += 1
     use_own_attention(model)
     cast("torch.nn.Module", model).to(device).eval().requires_grad_(False)
+    if device.type == "cpu":
+        pointwise.use_own_pointwise(cast("torch.nn.Module", model))
     eos_ids = _eos_ids(model.config.eos_token_id, model.generation_config.eos_token_id, tokenizer.eos_token_id)
     return Base(resolved, model, tokenizer, eos_ids, device, dtype, config.compile)
 

@@ -49,7 +49,8 @@ def _loaded(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
         raise OSError(f"there is no C++ compiler ({' or '.join(_COMPILERS)}; or name one in CXX)")
     instructions = [f"-m{name.replace('_', '').replace('fma3', 'fma')}" for name in _AVX512]
     command = [*compiler, *_FLAGS, *instructions, *flags, str(source)]
-    key = sha256_of_json([source.read_text(encoding="utf-8"), *command[:-1]])
+    texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.hpp")))]
+    key = sha256_of_json([*texts, *command[:-1]])
     path = cache_folder() / f"{source.stem}-{key[:16]}.so"
     with suppress(OSError):  # not there, or damaged
         return ctypes.CDLL(str(path))

@@ -178,6 +178,7 @@ def _supervised(stage: str, config: SupervisedConfig, sizes: _Sizes) -> Phase:
         tokens,
         rank=rank,
         dtype_bytes=sizes.dtype_bytes,
+        on_gpu=sizes.on_gpu,
         dropout=sizes.config.adapters.dropout > 0,
         is_checkpointed=config.gradient_checkpointing,
     )
@@ -265,7 +266,12 @@ def _learn(sizes: _Sizes) -> Phase:
         work += forwards * flops.forward(shape, texts, rank=sizes.rank)
         work += flops.backward(shape, texts, rank=sizes.rank) + 2 * flops.lm_head(shape, texts.tokens)
     activations = memory.training_activations(
-        shape, tokens, rank=sizes.rank, dtype_bytes=dtype_bytes, is_checkpointed=loss.gradient_checkpointing
+        shape,
+        tokens,
+        rank=sizes.rank,
+        dtype_bytes=dtype_bytes,
+        on_gpu=sizes.on_gpu,
+        is_checkpointed=loss.gradient_checkpointing,
     ) + memory.said_below(shape, sizes.episodes * sizes.length, dtype_bytes=dtype_bytes)
     bytes_ = replace(
         sizes.in_ppo,

@@ -135,6 +135,7 @@ def test_a_stage_that_does_not_run_has_no_phase(stage: str, phases: list[str]) -
 def test_on_a_cpu_the_heaps_holes_count_beside_the_activations() -> None:
     host = {phase.name: phase.bytes for phase in forecast(config(), SMALL, on_gpu=False).phases}["learn"]
     device = {phase.name: phase.bytes for phase in forecast(config(), SMALL, on_gpu=True).phases}["learn"]
+    pointwise = 2 * (6 + 4) * SMALL.num_layers * SMALL.mlp_width * 4  # which the MLPs need not keep there
     assert device.host == 0
-    assert host.activations == device.activations > 0
+    assert host.activations == device.activations - pointwise > 0
     assert host.host == memory.PROCESS_BYTES + int(memory.HEAP_HOLES * host.activations)
