@@ -29,8 +29,9 @@ inline void store(bfloat16* at, __m512 value, __mmask16 mask = 0xffff) {  // to 
   _mm256_mask_storeu_epi16(at, mask, _mm512_cvtepi32_epi16(rounded));
 }
 
-// To a unit in the last place or so (Cephes' polynomial).
+// To a unit in the last place or so (Cephes' polynomial); 0 below −104, and what is not a number stays so.
 inline __m512 exponential(__m512 x) {
+  x = _mm512_max_ps(_mm512_set1_ps(-104.f), x);
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);

@@ -3,8 +3,9 @@
 A causal model says of a token what follows from it and those before it. So tokens that follow the same tokens in
 several rows, as a system prompt does in all and a prompt in those that answer it, need one place: a batch (B, L) is
 packed into one row (1, N) of its distinct tokens, as a prefix tree would hold them. Embeddings, norms and products,
-nearly all the work, know no rows and need not be told. Attention does: it unpacks the rows, and goes on as ever.
-Values and gradients are the same but for rounding. (What TRL calls packing puts rows end to end, and shares nothing.)
+nearly all the work, know no rows and need not be told. Attention does: it unpacks the rows, and goes on as ever, or
+takes their tokens from where they stand (`align.row_attention`). Values and gradients are the same but for rounding.
+(What TRL calls packing puts rows end to end, and shares nothing.)
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +17,7 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-_LEAST_SAVED = 1 / 8  # of a batch's places: below, unpacking rows in each layer costs as much as is saved
+_LEAST_SAVED = 1 / 8  # of a batch's places: below, it is not worth its while where each layer unpacks the rows
 _present: "PackedRows | None" = None
 
 

@@ -9,9 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 
 #include "lanes.hpp"
 
@@ -195,10 +193,6 @@ struct Attention {
     }
   }
 
-  int64_t forward_scratch() const {
-    return size * (4 * padded(rows.length) + BLOCK) + BLOCK * padded(rows.length);
-  }
-
   // What a row's queries say of its own keys and values into d_keys and d_values (length, D) each, as float32.
   void backward_unit(int64_t row, int64_t group, float* scratch, const T* out, const float* logs, const T* d_out,
                      T* d_query, float* d_keys, float* d_values) const {
@@ -261,49 +255,44 @@ struct Attention {
       }
     }
   }
-
-  int64_t backward_scratch() const {
-    const int64_t width = padded(rows.length);
-    return size * (5 * width + BLOCK) + 2 * width * width;
-  }
 };
 
-struct Free {
-  void operator()(float* at) const { std::free(at); }
-};
-using Scratch = std::unique_ptr<float, Free>;
-Scratch scratch_of(int64_t floats) {  // begins and ends at lines of the cache
-  return Scratch(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
+// Floats that a thread's units need.
+int64_t forward_floats(int64_t length, int64_t size) {
+  return size * (4 * padded(length) + BLOCK) + BLOCK * padded(length);
+}
+int64_t backward_floats(int64_t length, int64_t size) {
+  return size * (5 * padded(length) + BLOCK) + 2 * padded(length) * padded(length);
 }
 
 template <class T>
-void forward(const Attention<T>& attention, T* out, float* logs, int num_threads) {
+void forward(const Attention<T>& attention, int num_threads, float* scratch, T* out, float* logs) {
   const int64_t units = attention.rows.num_rows * attention.num_groups;
 #pragma omp parallel num_threads(num_threads)
   {
-    Scratch scratch = scratch_of(attention.forward_scratch());
+    float* own = scratch + omp_get_thread_num() * forward_floats(attention.rows.length, attention.size);
 #pragma omp for schedule(dynamic)
     for (int64_t unit = 0; unit < units; unit++)
-      attention.forward_unit(unit / attention.num_groups, unit % attention.num_groups, scratch.get(), out, logs);
+      attention.forward_unit(unit / attention.num_groups, unit % attention.num_groups, own, out, logs);
   }
 }
 
 template <class T>
-void backward(const Attention<T>& attention, const T* out, const float* logs, const T* d_out, T* d_query, T* d_key,
-              T* d_value, int num_threads) {
+void backward(const Attention<T>& attention, int num_threads, float* scratch, const T* out, const float* logs,
+              const T* d_out, T* d_query, T* d_key, T* d_value) {
   const Rows& rows = attention.rows;
   const int64_t groups = attention.num_groups, size = attention.size, length = rows.length;
-  Scratch shares = scratch_of(rows.num_rows * groups * 2 * length * size);
+  float* shares = scratch + num_threads * backward_floats(length, size);
   const auto share = [&](int64_t row, int64_t group, int64_t place, int which) {
-    return shares.get() + (((row * groups + group) * 2 + which) * length + place) * size;
+    return shares + (((row * groups + group) * 2 + which) * length + place) * size;
   };
 #pragma omp parallel num_threads(num_threads)
   {
-    Scratch scratch = scratch_of(attention.backward_scratch());
+    float* own = scratch + omp_get_thread_num() * backward_floats(length, size);
 #pragma omp for schedule(dynamic)
     for (int64_t unit = 0; unit < rows.num_rows * groups; unit++) {
       const int64_t row = unit / groups, group = unit % groups;
-      attention.backward_unit(row, group, scratch.get(), out, logs, d_out, d_query, share(row, group, 0, 0),
+      attention.backward_unit(row, group, own, out, logs, d_out, d_query, share(row, group, 0, 0),
                               share(row, group, 0, 1));
     }
 #pragma omp for schedule(static)
@@ -334,23 +323,32 @@ void backward(const Attention<T>& attention, const T* out, const float* logs, co
 
 }  // namespace
 
+// sizes: rows, their length, heads, groups, D.
+extern "C" int64_t forward_scratch(const int64_t* sizes, int num_threads) {
+  return num_threads * forward_floats(sizes[1], sizes[4]);
+}
+extern "C" int64_t backward_scratch(const int64_t* sizes, int num_threads) {
+  return num_threads * backward_floats(sizes[1], sizes[4]) + sizes[0] * sizes[3] * 2 * sizes[1] * sizes[4];
+}
+
 #define EXPORT(NAME, T)                                                                                               \
   extern "C" void forward_##NAME(const T* query, const T* key, const T* value, const int64_t* query_strides,          \
                                  const int64_t* key_strides, const int64_t* value_strides, const int64_t* sizes,      \
                                  const int64_t* token, const int64_t* lengths, const int64_t* shared,                 \
-                                 const int64_t* first, float scale, int num_threads, T* out, float* logs) {           \
+                                 const int64_t* first, float scale, int num_threads, float* scratch, T* out,          \
+                                 float* logs) {                                                                       \
     Attention<T> attention{{sizes[0], sizes[1], token, lengths, shared, first}, sizes[2], sizes[3], sizes[4], scale,  \
                            {query, query_strides}, {key, key_strides}, {value, value_strides}};                       \
-    forward<T>(attention, out, logs, num_threads);                                                                    \
+    forward<T>(attention, num_threads, scratch, out, logs);                                                           \
   }                                                                                                                   \
   extern "C" void backward_##NAME(const T* query, const T* key, const T* value, const int64_t* query_strides,         \
                                   const int64_t* key_strides, const int64_t* value_strides, const int64_t* sizes,     \
                                   const int64_t* token, const int64_t* lengths, const int64_t* shared,                \
-                                  const int64_t* first, float scale, int num_threads, const T* out,                   \
+                                  const int64_t* first, float scale, int num_threads, float* scratch, const T* out,   \
                                   const float* logs, const T* d_out, T* d_query, T* d_key, T* d_value) {              \
     Attention<T> attention{{sizes[0], sizes[1], token, lengths, shared, first}, sizes[2], sizes[3], sizes[4], scale,  \
                            {query, query_strides}, {key, key_strides}, {value, value_strides}};                       \
-    backward<T>(attention, out, logs, d_out, d_query, d_key, d_value, num_threads);                                   \
+    backward<T>(attention, num_threads, scratch, out, logs, d_out, d_query, d_key, d_value);                          \
   }
 
 EXPORT(float32, float)

@@ -1,9 +1,9 @@
 """Causal attention of whole short rows on a CPU, forwards and backwards, in row_attention.cpp.
 
-torch's flash attention is made for long rows: of fifty to a hundred tokens it spends its time on blocks that causality
-empties, and it needs packed rows (`align.packing`) unpacked. This takes tokens from wherever they stand, answers for
-what several rows begin with once, and sums in float32 whatever the dtype. Where `align.native` cannot have it, torch's
-own attention does it.
+torch's flash attention is made for long rows: of fifty to a hundred tokens it spends its time on what causality empties
+and on the way to products, and it needs packed rows (`align.packing`) unpacked. This takes tokens from wherever they
+stand, answers for what several rows begin with once, and sums in float32 whatever the dtype. Where `align.native`
+cannot have it, torch's own attention does it.
 """
 
 import ctypes
@@ -35,9 +35,12 @@ def prepare() -> None:
     library = native.library(_SOURCE, loss="learning takes longer than it could, with torch's attention")
     if library is None:
         return
+    for way in ("forward_scratch", "backward_scratch"):
+        getattr(library, way).restype = ctypes.c_int64
     for dtype in (torch.float32, torch.bfloat16):
         for way in ("forward", "backward"):
             _kernels[dtype, way] = getattr(library, f"{way}_{str(dtype).removeprefix('torch.')}")
+            _kernels[dtype, f"{way}_scratch"] = getattr(library, f"{way}_scratch")
     _dtypes = frozenset((torch.float32, torch.bfloat16))
 
 
@@ -47,10 +50,11 @@ def fits(query: Tensor, key: Tensor, value: Tensor, packing: PackedRows | None) 
     return (
         query.dtype in _dtypes
         and query.dtype == key.dtype == value.dtype
-        and query.device.type == "cpu"
+        and query.device.type == key.device.type == value.device.type == "cpu"
         and 1 < length <= LONGEST
-        and query.shape[2] == key.shape[2]
-        and query.shape[3] == key.shape[3] == value.shape[3]
+        and key.shape == value.shape
+        and (query.shape[0], query.shape[2], query.shape[3]) == (key.shape[0], key.shape[2], key.shape[3])
+        and query.shape[1] % key.shape[1] == 0
         and query.shape[3] % _LANES == 0
         and query.stride(3) == key.stride(3) == value.stride(3) == 1
     )
@@ -88,7 +92,7 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, scale: float, *packed: T
     batch, num_heads, length, size = query.shape
     out = query.new_empty(batch, length, num_heads, size)
     logs = query.new_empty(batch, length, num_heads, dtype=torch.float32)
-    _kernels[query.dtype, "forward"](*_given(query, key, value, scale, packed), _pointer(out), _pointer(logs))
+    _run("forward", query, key, value, scale, packed, out, logs)
     return out, logs
 
 
@@ -105,25 +109,36 @@ def _backward(
     """Of query, key and value, each (B, S, heads, D)."""
     gradient = gradient.contiguous()
     found = tuple(states.new_empty(states.transpose(1, 2).shape) for states in (query, key, value))
-    pointers = (_pointer(tensor) for tensor in (out, logs, gradient, *found))
-    _kernels[query.dtype, "backward"](*_given(query, key, value, scale, packed), *pointers)
+    _run("backward", query, key, value, scale, packed, out, logs, gradient, *found)
     return cast(tuple[Tensor, Tensor, Tensor], found)
 
 
-def _given(query: Tensor, key: Tensor, value: Tensor, scale: float, packed: tuple[Tensor | None, ...]) -> list[Any]:
-    states = (query, key, value)
+def _run(
+    way: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    packed: tuple[Tensor | None, ...],
+    *results: Tensor,
+) -> None:
+    states, threads = (query, key, value), torch.get_num_threads()
     batch, num_heads, length, size = query.shape
     rows = (batch, length) if packed[0] is None else packed[0].shape
-    integers = [(ctypes.c_int64 * 3)(*tensor.stride()[:3]) for tensor in states]
+    strides = [(ctypes.c_int64 * 3)(*tensor.stride()[:3]) for tensor in states]
     sizes = (ctypes.c_int64 * 5)(*rows, num_heads, key.shape[1], size)
-    return [
+    # by torch, so that too little memory is torch's own error
+    scratch = query.new_empty(_kernels[query.dtype, f"{way}_scratch"](sizes, threads), dtype=torch.float32)
+    _kernels[query.dtype, way](
         *map(_pointer, states),
-        *integers,
+        *strides,
         sizes,
         *map(_pointer, packed),
         ctypes.c_float(scale),
-        torch.get_num_threads(),
-    ]
+        threads,
+        _pointer(scratch),
+        *map(_pointer, results),
+    )
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:

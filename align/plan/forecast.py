@@ -51,7 +51,7 @@ class Plan:
 
 def forecast(config: Config, shape: ModelShape, *, on_gpu: bool, gpus: int = 1) -> Plan:
     """Of one of `gpus` devices, each of which holds the base and takes its share of rows and episodes."""
-    sizes = _Sizes(config, shape, gpus, on_gpu)
+    sizes = _Sizes(config, replace(shape, has_kernels=shape.has_kernels and not on_gpu), gpus, on_gpu)
     phases: list[Phase] = [] if on_gpu else [_load(sizes)]
     if "sft" in config.run.stages:
         phases.append(_supervised("sft", config.sft, sizes))
@@ -178,7 +178,6 @@ def _supervised(stage: str, config: SupervisedConfig, sizes: _Sizes) -> Phase:
         tokens,
         rank=rank,
         dtype_bytes=sizes.dtype_bytes,
-        on_gpu=sizes.on_gpu,
         dropout=sizes.config.adapters.dropout > 0,
         is_checkpointed=config.gradient_checkpointing,
     )
@@ -265,13 +264,9 @@ def _learn(sizes: _Sizes) -> Phase:
         texts = Rows(loss.minibatches * loss.ptx_batch_size, loss.ptx_max_length)
         work += forwards * flops.forward(shape, texts, rank=sizes.rank)
         work += flops.backward(shape, texts, rank=sizes.rank) + 2 * flops.lm_head(shape, texts.tokens)
+    plain = replace(shape, has_kernels=shape.has_kernels and not sizes.config.base.compile)
     activations = memory.training_activations(
-        shape,
-        tokens,
-        rank=sizes.rank,
-        dtype_bytes=dtype_bytes,
-        on_gpu=sizes.on_gpu,
-        is_checkpointed=loss.gradient_checkpointing,
+        plain, tokens, rank=sizes.rank, dtype_bytes=dtype_bytes, is_checkpointed=loss.gradient_checkpointing
     ) + memory.said_below(shape, sizes.episodes * sizes.length, dtype_bytes=dtype_bytes)
     bytes_ = replace(
         sizes.in_ppo,

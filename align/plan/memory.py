@@ -13,11 +13,9 @@ FLOAT32 = 4
 MOMENTS = 2  # AdamW's, float32 each (Kingma & Ba 2015; Loshchilov & Hutter 2019)
 
 # ---- Calibration: what to look at again when the kernels change ----
-NORMS = (
-    2  # a decoder layer's, each of which keeps its input and its scale, in float32 or (align.pointwise) in its dtype
-)
+NORMS = 2  # a decoder layer's, each of which keeps its input in float32 (with a kernel in its dtype), and its scale
 KEPT_GATED = 3  # tensors as wide as the MLP: gate, act(gate) and up
-KEPT_POINTWISE = 2  # of them by align.pointwise: gate and up
+KEPT_POINTWISE = 2  # with a kernel: gate and up
 KEPT_PLAIN = 4  # what GPT-2's act keeps of its steps; an act that is one kernel keeps 1
 LOGPROB_ROWS, LOGPROB_TILE = 1024, 2048  # of align.logprobs: tokens and vocabulary entries walked at a time
 LOGPROB_TILE_COPIES = 3  # float32: the tile's logits, their exponentials, and one between
@@ -46,29 +44,26 @@ class Footprint:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def kept_for_backward(
-    shape: ModelShape, *, rank: int, dtype_bytes: int, on_gpu: bool, dropout: bool = False
-) -> dict[str, int]:
+def kept_for_backward(shape: ModelShape, *, rank: int, dtype_bytes: int, dropout: bool = False) -> dict[str, int]:
     """Bytes that autograd keeps of one token in the layers that learn, by what they are.
 
     Frozen weights keep no input. Each norm keeps its own; each adapted linear its input (q, k and v one together, as do
     gate and up) and x Aᵀ; attention q, k, v and a log-sum a head, its output being the output projection's input; the
-    MLP what lies between its products. Kernels of FlashAttention's kind are taken for granted: no S × S scores; and on
-    a CPU, for gated MLPs and the norms beside them, those of align.pointwise. With dropout the layers are PEFT's own:
-    noise and what it left stand in float32 for each of them.
+    MLP what lies between its products, or with a kernel what goes into it (align.pointwise). Kernels of
+    FlashAttention's kind are taken for granted: no S × S scores. With dropout the layers are PEFT's own: noise and what
+    it left stand in float32 for each of them.
     """
-    is_pointwise = shape.is_gated and not on_gpu
     inputs = sum(linear.in_features for linear in shape.adapted if not linear.shares_input)
     all_inputs = sum(linear.in_features for linear in shape.adapted)
     heads = (shape.query_width + 2 * shape.kv_width) * dtype_bytes + shape.num_heads * FLOAT32
-    mlp = (KEPT_POINTWISE if is_pointwise else KEPT_GATED if shape.is_gated else KEPT_PLAIN) * shape.mlp_width
-    norm = shape.hidden_size * (dtype_bytes if is_pointwise else FLOAT32) + FLOAT32
+    mlp = KEPT_POINTWISE if shape.has_kernels else KEPT_GATED if shape.is_gated else KEPT_PLAIN
+    norm = shape.hidden_size * (dtype_bytes if shape.has_kernels else FLOAT32) + FLOAT32
     return {
         "norms": shape.num_learning_layers * NORMS * norm,
         "adapted inputs": 2 * all_inputs * FLOAT32 if dropout else inputs * dtype_bytes,
         "low ranks": len(shape.adapted) * rank * (FLOAT32 if dropout else dtype_bytes),
         "attention": shape.num_learning_layers * heads,
-        "mlp": shape.num_learning_layers * mlp * dtype_bytes,
+        "mlp": shape.num_learning_layers * mlp * shape.mlp_width * dtype_bytes,
     }
 
 
@@ -79,18 +74,11 @@ def layer_workspace(shape: ModelShape, *, dtype_bytes: int) -> int:
 
 
 def training_activations(
-    shape: ModelShape,
-    tokens: int,
-    *,
-    rank: int,
-    dtype_bytes: int,
-    on_gpu: bool,
-    dropout: bool = False,
-    is_checkpointed: bool = False,
+    shape: ModelShape, tokens: int, *, rank: int, dtype_bytes: int, dropout: bool = False, is_checkpointed: bool = False
 ) -> int:
     """Bytes at the start of a micro-batch's backward pass. Checkpointed (Chen et al. 2016), each layer keeps its input
     alone, and one layer at a time is computed again."""
-    kept = sum(kept_for_backward(shape, rank=rank, dtype_bytes=dtype_bytes, on_gpu=on_gpu, dropout=dropout).values())
+    kept = sum(kept_for_backward(shape, rank=rank, dtype_bytes=dtype_bytes, dropout=dropout).values())
     if is_checkpointed:
         kept = kept // shape.num_learning_layers + shape.num_learning_layers * shape.hidden_size * dtype_bytes
     return tokens * (kept + layer_workspace(shape, dtype_bytes=dtype_bytes))

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from align import native, pointwise
 from align.base import auto_dtype, find_device, load_model_config
 from align.config import AdaptersConfig, BaseModelConfig
 from align.errors import ModelError
@@ -42,6 +43,9 @@ def shape_of(
             raise ModelError(f"base.model: {config.model_type} is no causal LM of transformers: {reason}") from error
         num_parameters = sum(p.numel() for p in model.parameters())
         attention, mlp, is_gated = _matmul_parameters(model, text)
+        has_kernels = native.has_avx512() and any(
+            pointwise.form(module) is pointwise.GatedMLP for module in model.modules()
+        )
         adapted, num_frozen_layers = _adapted(model, adapters)
     try:
         num_heads, hidden_size = int(text.num_attention_heads), int(text.hidden_size)
@@ -54,6 +58,7 @@ def shape_of(
             head_dim=int(getattr(text, "head_dim", None) or hidden_size // num_heads),
             mlp_width=mlp // (int(text.num_hidden_layers) * hidden_size * (3 if is_gated else 2)),
             is_gated=is_gated,
+            has_kernels=has_kernels,
             vocabulary=int(text.vocab_size),
             num_parameters=num_parameters,
             num_matmul_parameters=attention + mlp,

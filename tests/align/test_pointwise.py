@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 from align import native, pointwise
 from align.pointwise import use_own_pointwise
@@ -99,7 +102,7 @@ def test_norms_and_their_gradients_are_exact_but_for_rounding(rows: int, width: 
 @pytest.mark.parametrize("count", [1, 16, 50, 5000])
 def test_gates_and_their_gradients_are_exact_but_for_rounding(count: int, dtype: torch.dtype) -> None:
     gate, up, weight = torch.randn(3, count, generator=torch.Generator().manual_seed(1)).to(dtype)
-    gate[0] = -200.0  # whose exponential overflows
+    gate[: min(3, count)] = torch.tensor([-200.0, 1e15, -1e15])[:count]  # past what exponentials can say
     found: list[list[Tensor]] = []
     for own in (True, False):
         states = [(tensor if own else tensor.double()).requires_grad_() for tensor in (gate.detach(), up.detach())]
@@ -147,15 +150,38 @@ def test_a_model_says_the_same_with_it(dtype: torch.dtype, monkeypatch: pytest.M
     assert distance(found, expected) < {torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
 
 
-@pytest.mark.parametrize(
-    "module",
-    [norm(16, torch.float32, GemmaRMSNorm), mlp(torch.float32, "gelu"), norm(16, torch.float64), nn.Linear(3, 3)],
-    ids=["1 + w", "another activation", "float64", "neither"],
-)
+class ClampedMLP(LlamaMLP):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=10)) * self.up_proj(x))
+
+
+class ResidualRMSNorm(LlamaRMSNorm):
+    def forward(self, hidden_states: Tensor, residual: Tensor | None = None) -> Tensor:
+        return super().forward(hidden_states if residual is None else hidden_states + residual)
+
+
+UNLIKE = {
+    "1 + w": norm(16, torch.float32, GemmaRMSNorm),
+    "a norm of two arguments": norm(16, torch.float32, ResidualRMSNorm),
+    "another activation": mlp(torch.bfloat16, "gelu"),
+    "a clamped gate": ClampedMLP(Config()),
+    "neither": nn.Linear(3, 3),
+}
+
+
+@pytest.mark.parametrize("module", UNLIKE.values(), ids=UNLIKE)
 def test_what_says_something_else_is_left_alone(module: nn.Module) -> None:
     theirs = type(module)
     use_own_pointwise(module)
     assert type(module) is theirs
+
+
+@pytest.mark.parametrize("theirs", [Qwen2RMSNorm, Qwen3RMSNorm, MistralRMSNorm])
+def test_what_is_llamas_word_for_word_is_not(theirs: type) -> None:
+    module = norm(16, torch.float32, theirs)
+    use_own_pointwise(module)
+    assert is_ours(module)
+    assert isinstance(module, theirs)
 
 
 def test_what_comes_in_another_dtype_and_what_is_compiled_goes_the_old_way(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,8 +198,10 @@ def test_what_comes_in_another_dtype_and_what_is_compiled_goes_the_old_way(monke
 
     monkeypatch.setattr(pointwise, "_run", refused)
     assert torch.equal(module(x), expected[0])
-    compiled = torch.compile(lambda: gated(y), backend="eager", fullgraph=True)
-    assert torch.equal(compiled(), expected[1])
+    compiled = torch.compile(lambda: (module(x.float()), gated(y)), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(), (expected[0].float(), expected[1]))
+    module.requires_grad_()
+    torch.testing.assert_close(module(x.float()), expected[0].float())
 
 
 def test_without_a_compiler_nothing_is_changed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ SHAPES = [(2, 9, 3, 58, 64), (3, 4, 4, 7, 16), (1, 4, 2, 100, 80), (2, 2, 1, 33,
 TREES = {  # rows of ids; 0 is padding
     "a prompt": [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7, 0], [1, 2, 3, 9, 8, 7], [1, 2, 3, 9, 0, 0]],
     "twice the same": [[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 0, 0], [1, 2, 3, 5]],
+    "a row of nothing": [[1, 2, 3, 4], [0, 0, 0, 0], [1, 2, 3, 5], [1, 0, 0, 0]],
     "nothing but padding in common": [[1, 2, 0, 0], [3, 0, 0, 0], [4, 5, 6, 7]],
     "long": [[*range(1, 60)], [*range(1, 40), *range(70, 80), *[0] * 10], [*range(1, 21), *[0] * 39]],
 }
@@ -133,17 +134,36 @@ def test_neither_threads_nor_neighbours_change_a_bit() -> None:
             assert all(torch.equal(own, other[1:2]) for own, other in zip(alone, found, strict=True))
 
 
-def test_a_token_sees_none_that_follow() -> None:
+@pytest.mark.parametrize("place", range(29, 37))
+def test_a_token_sees_none_that_follow(place: int) -> None:
     states = drawn(1, 2, 1, 50, 16, torch.float32)
     before = attend(states[0], states[1], states[2], None, 0.3)
     for tensor in states:
-        tensor[:, :, 30:] = float("nan")
+        tensor[:, :, place:] *= 1e6
     after = attend(states[0], states[1], states[2], None, 0.3)
-    assert torch.equal(before[:, :30], after[:, :30])
-    assert after[:, 30:].isnan().all()
+    assert torch.equal(before[:, :place], after[:, :place])
+    assert not torch.equal(before[:, place], after[:, place])
 
 
-@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_what_is_no_number_stays_none() -> None:
+    states = drawn(1, 2, 1, 50, 16, torch.float32)
+    states[0][0, 0, 20, 3] = float("nan")
+    out = attend(states[0], states[1], states[2], None, 0.3)
+    assert out[0, 20, 0].isnan().all()
+    assert out.isnan().sum() == 16
+
+
+def test_gradients_and_keys_may_be_expanded_and_not_all_wanted() -> None:
+    query, key, value = drawn(3, 2, 1, 20, 16, torch.float32)
+    key, value = (states[:1].expand(3, -1, -1, -1) for states in (key, value))
+    query.requires_grad_()
+    attend(query, key, value, None, 0.3).sum().backward()
+    wide = [states.detach().double().requires_grad_() for states in (query, key, value)]
+    plain(wide[0], wide[1], wide[2], 0.3).sum().backward()
+    torch.testing.assert_close(query.grad, wide[0].grad, check_dtype=False, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4, 1e15])
 def test_scores_of_any_size_are_told_apart(size: float) -> None:
     states = drawn(1, 1, 1, 20, 16, torch.float32)
     weight = weights(1, 20, 1, 16)
@@ -158,6 +178,10 @@ def test_what_fits() -> None:
     for other in ((2, 1, 20, 24), (2, 1, row_attention.LONGEST + 1, 16), (2, 1, 1, 16)):
         assert not fits(*drawn(1, *other, torch.float32), None)
     assert not fits(*drawn(1, 2, 1, 20, 16, torch.float64), None)
+    assert not fits(query, key, value[:, :, 1:], None)
+    assert not fits(query, key[:, :, 1:], value[:, :, 1:], None)
+    assert not fits(query.expand(2, -1, -1, -1), key, value, None)
+    assert not fits(*drawn(1, 3, 2, 20, 16, torch.float32), None)
     assert not fits(query[:, :, -1:], key, value, None)  # decoding
     assert not fits(query, key.transpose(2, 3).contiguous().transpose(2, 3), value, None)
 

@@ -21,6 +21,7 @@ SMALL = ModelShape(
     head_dim=4,
     mlp_width=16,
     is_gated=True,
+    has_kernels=False,
     vocabulary=32,
     # 2 · (64 + 32 + 32 + 64 + 3 · 128) products, embeddings 32 · 8 (tied), norms (2 · 2 + 1) · 8
     num_parameters=1152 + 256 + 40,

@@ -13,11 +13,9 @@ from tests.align.plan.shapes import SMALL
 from tests.align.test_native import HAS_COMPILER
 from tests.resident import with_adapters
 
-HAS_KERNELS = native.has_avx512() and HAS_COMPILER
-
 
 def test_what_autograd_keeps_of_a_token_counted_by_hand() -> None:
-    assert memory.kept_for_backward(SMALL, rank=2, dtype_bytes=4, on_gpu=True) == {
+    assert memory.kept_for_backward(SMALL, rank=2, dtype_bytes=4) == {
         "norms": 2 * 2 * (8 + 1) * 4,
         "adapted inputs": 2 * (8 + 8 + 8 + 16) * 4,  # of q, k and v together; of o; of gate and up together; of down
         "low ranks": 14 * 2 * 4,
@@ -27,32 +25,28 @@ def test_what_autograd_keeps_of_a_token_counted_by_hand() -> None:
 
 
 def test_half_precision_halves_all_but_norms_and_log_sums() -> None:
-    kept = memory.kept_for_backward(SMALL, rank=2, dtype_bytes=2, on_gpu=True)
+    kept = memory.kept_for_backward(SMALL, rank=2, dtype_bytes=2)
     assert kept["norms"] == 2 * 2 * 9 * 4
     assert kept["attention"] == 2 * (16 * 2 + 2 * 4)
     assert kept["mlp"] == 2 * 3 * 16 * 2
 
 
-def test_on_a_cpu_norms_keep_their_dtype_and_gated_mlps_two_tensors() -> None:
-    kept = memory.kept_for_backward(SMALL, rank=2, dtype_bytes=2, on_gpu=False)
+def test_with_kernels_norms_keep_their_dtype_and_gated_mlps_two_tensors() -> None:
+    kept = memory.kept_for_backward(replace(SMALL, has_kernels=True), rank=2, dtype_bytes=2)
     assert kept["norms"] == 2 * 2 * (8 * 2 + 4)
     assert kept["mlp"] == 2 * 2 * 16 * 2
-    plain = replace(SMALL, is_gated=False)
-    assert memory.kept_for_backward(plain, rank=2, dtype_bytes=2, on_gpu=False) == memory.kept_for_backward(
-        plain, rank=2, dtype_bytes=2, on_gpu=True
-    )
 
 
-@pytest.mark.parametrize("on_gpu", [False, True])
+@pytest.mark.parametrize("has_kernels", [False, True])
 @pytest.mark.parametrize(("model", "tolerance"), [("llama", 0.01), ("qwen2", 0.01), ("gpt2", 0.10)])
 @pytest.mark.parametrize(("dtype", "dtype_bytes"), [("float32", 4), ("bfloat16", 2)])
 def test_it_is_what_a_real_forward_pass_keeps(
-    model: str, tolerance: float, dtype: str, dtype_bytes: int, on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+    model: str, tolerance: float, dtype: str, dtype_bytes: int, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not on_gpu and not HAS_KERNELS:
+    if has_kernels and not (native.has_avx512() and HAS_COMPILER):
         pytest.skip("no AVX-512, or no C++ compiler")
-    if on_gpu:  # as there, by torch's own operators
-        monkeypatch.setattr(pointwise, "_form", lambda _: (None, 0))
+    if not has_kernels:
+        monkeypatch.setattr(pointwise, "form", lambda _: None)
     resident = with_adapters(model, "policy", dtype=dtype)
     own = [*resident.base.model.parameters(), *resident.base.model.buffers()]
     parameters = {tensor.untyped_storage().data_ptr() for tensor in own}
@@ -69,16 +63,16 @@ def test_it_is_what_a_real_forward_pass_keeps(
         resident.hidden(torch.arange(200).view(4, 50))
     measured = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in parameters) / 200
     shape = read_shape(BaseModelConfig(model=f"tiny:{model}"), AdaptersConfig(rank=4))
-    forecast = sum(memory.kept_for_backward(shape, rank=4, dtype_bytes=dtype_bytes, on_gpu=on_gpu).values())
+    forecast = sum(memory.kept_for_backward(shape, rank=4, dtype_bytes=dtype_bytes).values())
     assert forecast == pytest.approx(measured, rel=tolerance)
 
 
 def test_checkpointing_keeps_each_layers_input_and_one_layer() -> None:
-    kept = sum(memory.kept_for_backward(SMALL, rank=2, dtype_bytes=4, on_gpu=True).values())
+    kept = sum(memory.kept_for_backward(SMALL, rank=2, dtype_bytes=4).values())
     workspace = memory.layer_workspace(SMALL, dtype_bytes=4)
-    plain = memory.training_activations(SMALL, 10, rank=2, dtype_bytes=4, on_gpu=True)
+    plain = memory.training_activations(SMALL, 10, rank=2, dtype_bytes=4)
     assert plain == 10 * (kept + workspace)
-    checkpointed = memory.training_activations(SMALL, 10, rank=2, dtype_bytes=4, on_gpu=True, is_checkpointed=True)
+    checkpointed = memory.training_activations(SMALL, 10, rank=2, dtype_bytes=4, is_checkpointed=True)
     assert checkpointed == 10 * (2 * 8 * 4 + kept // 2 + workspace)
 
 
