@@ -7,7 +7,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from align import row_attention
 from align.attention import _attend, _mask  # pyright: ignore[reportPrivateUsage]
-from tests.resident import SHAPES, resident
+from tests.resident import SHAPES, distance, resident
 
 
 @pytest.mark.parametrize("has_mask", [True, False])
@@ -96,6 +96,27 @@ def test_plain_causal_attention_of_short_rows_goes_to_row_attention_and_no_other
     _attend(module, query, key, value, None, scaling=0.3, dropout=0.1)
     _attend(module, query[:, :, -1:], key, value, None, scaling=0.3)
     assert len(taken) == 3
+
+
+@pytest.mark.parametrize("length", [2, 80, 256, 257])
+def test_the_gradients_in_bfloat16_are_no_further_from_the_exact_ones_than_torchs(length: int) -> None:
+    def gradients(inputs: list[Tensor], attend: Any) -> list[Tensor]:
+        """The output and the gradients of Σ weight · attention by queries, keys and values."""
+        inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+        module = nn.Module()
+        module.num_key_value_groups, module.is_causal = 3, True  # type: ignore[assignment]
+        out, _ = attend(module, *inputs, None, scaling=0.3)
+        return [out.detach(), *torch.autograd.grad((out * weight.to(out.dtype)).sum(), inputs)]
+
+    torch.manual_seed(0)
+    narrow = [torch.randn(2, heads, length, 16).bfloat16() for heads in (6, 2, 2)]
+    weight = torch.randn(2, length, 6, 16)
+    exact = gradients([tensor.float() for tensor in narrow], sdpa_attention_forward)
+    theirs = gradients(narrow, sdpa_attention_forward)
+    ours = gradients(narrow, _attend)
+    for own, other, true in zip(ours, theirs, exact, strict=True):
+        assert own.dtype == other.dtype
+        assert distance(own, true) <= 1.01 * distance(other, true)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
