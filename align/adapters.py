@@ -299,9 +299,8 @@ def _checksum(tensors: "dict[str, nn.Parameter] | dict[str, Tensor]") -> str:
 @torch.no_grad()
 def _verify_trunk_and_head(model: AdaptedModel) -> None:
     """Our trunk + head must be the model's own forward: an architecture that does more to its logits is refused."""
-    ids = torch.arange(1, 9, device=model.device).expand(
-        FEW // 8 + 1, 8
-    )  # with more rows than few, as its own has them
+    # more rows than few, so that both go by the same products
+    ids = torch.arange(1, 9, device=model.device).expand(FEW // 8 + 1, 8)
     own = model.base.model(input_ids=ids, use_cache=False).logits.float()
     ours = model.lm_head.logits(model.hidden(ids)).float()
     difference = (own - ours).abs().max().item()

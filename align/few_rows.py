@@ -35,7 +35,7 @@ def prepare() -> None:
         loss="answers are generated more slowly than they could be, with torch's products",
     )
     if library is not None:
-        _kernels.update({dtype: getattr(library, f"product_{str(dtype).removeprefix('torch.')}") for dtype in has})
+        _kernels.update({dtype: native.function(library, "product", dtype) for dtype in has})
         _dtypes = frozenset(has)
 
 
@@ -79,8 +79,8 @@ def _product(
     y_NO = x_NI.new_empty(num_rows, num_out)
     low_NS = x_NI.new_zeros(num_rows, stride, dtype=torch.float32)
     held = (x_NI, weight_OI, *(None if own is None else own.contiguous() for own in (bias_O, a_RI, b_OR)))
-    x, weight, bias, a, b = (None if tensor is None else ctypes.c_void_p(tensor.data_ptr()) for tensor in held)
-    y, low = ctypes.c_void_p(y_NO.data_ptr()), ctypes.c_void_p(low_NS.data_ptr())
+    x, weight, bias, a, b = map(native.pointer, held)
+    y, low = native.pointer(y_NO), native.pointer(low_NS)
     sizes = (ctypes.c_int64(size) for size in (num_rows, num_in, num_out, rank, stride))
     _kernels[x_NI.dtype](x, weight, bias, a, b, ctypes.c_float(scale), y, low, *sizes, torch.get_num_threads())
     return y_NO, low_NS[:, :rank]

@@ -8,8 +8,10 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -41,6 +43,16 @@ def library(source: Path, *flags: str, loss: str) -> ctypes.CDLL | None:
             next((line for line in said if "error" in line), said[0]),
         )
         return None
+
+
+def function(library: ctypes.CDLL, name: str, dtype: torch.dtype) -> Callable[..., Any]:
+    """What a source exports under this name for tensors of a dtype."""
+    return getattr(library, f"{name}_{str(dtype).removeprefix('torch.')}")
+
+
+def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p | None:
+    """To the first entry; the tensor must live as long as the call that is given it."""
+    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
 
 
 def _loaded(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:

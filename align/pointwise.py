@@ -36,7 +36,7 @@ def prepare() -> None:
     if library is not None:
         for dtype in _DTYPES:
             for way in _WAYS:
-                _kernels[way, dtype] = getattr(library, f"{way}_{str(dtype).removeprefix('torch.')}")
+                _kernels[way, dtype] = native.function(library, way, dtype)
 
 
 def use_own_pointwise(model: nn.Module) -> None:
@@ -149,5 +149,5 @@ class _Gate(torch.autograd.Function):
 
 
 def _run(way: str, first: Tensor, *others: Any, sizes: tuple[int, ...]) -> None:
-    given = (ctypes.c_void_p(one.data_ptr()) if isinstance(one, Tensor) else one for one in (first, *others))
+    given = (native.pointer(one) if isinstance(one, Tensor) else one for one in (first, *others))
     _kernels[way, first.dtype](*given, *map(ctypes.c_int64, sizes), torch.get_num_threads())

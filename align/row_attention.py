@@ -39,7 +39,7 @@ def prepare() -> None:
         getattr(library, way).restype = ctypes.c_int64
     for dtype in (torch.float32, torch.bfloat16):
         for way in ("forward", "backward"):
-            _kernels[dtype, way] = getattr(library, f"{way}_{str(dtype).removeprefix('torch.')}")
+            _kernels[dtype, way] = native.function(library, way, dtype)
             _kernels[dtype, f"{way}_scratch"] = getattr(library, f"{way}_scratch")
     _dtypes = frozenset((torch.float32, torch.bfloat16))
 
@@ -130,19 +130,15 @@ def _run(
     # by torch, so that too little memory is torch's own error
     scratch = query.new_empty(_kernels[query.dtype, f"{way}_scratch"](sizes, threads), dtype=torch.float32)
     _kernels[query.dtype, way](
-        *map(_pointer, states),
+        *map(native.pointer, states),
         *strides,
         sizes,
-        *map(_pointer, packed),
+        *map(native.pointer, packed),
         ctypes.c_float(scale),
         threads,
-        _pointer(scratch),
-        *map(_pointer, results),
+        native.pointer(scratch),
+        *map(native.pointer, results),
     )
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p | None:
-    return None if tensor is None else ctypes.c_void_p(tensor.data_ptr())
 
 
 _PACKED = "Tensor? packed, Tensor? lengths, Tensor? shared, Tensor? first"
