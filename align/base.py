@@ -7,6 +7,7 @@ cache (`align.embedded`, `align.tiny`).
 
 import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -148,9 +149,9 @@ def load_base(config: BaseModelConfig) -> Base:
         )
     bound_kernel_caches()
     if device.type == "cpu":
-        few_rows.prepare()
-        row_attention.prepare()
-        pointwise.prepare()
+        kernels = (few_rows, row_attention, pointwise)
+        with ThreadPoolExecutor(len(kernels)) as pool:  # the first time they are compiled, side by side
+            list(pool.map(lambda own: own.prepare(), kernels))
     model, tokenizer = _load_whole(folder, config, dtype)
     if getattr(model, "_is_stateful", False):
         raise ModelError(
