@@ -7,6 +7,7 @@ import copy
 import json
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import Cache
 
+from align import row_attention
 from align.attention import has_own_attention
 from align.base import Base
 from align.config import AdaptersConfig
@@ -46,12 +48,16 @@ class AdaptedModel:
         self._role: tuple[str, bool] = (RAW_BASE, False)
         self._decoder = DecoderLayers(self.trunk, is_compiled=False)
         self._longest_packed: float = 0  # tokens of a row
+        self._longest_compiled: float = 0  # and of one that compiled layers take packed
         self._packings: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of each batch, as long as its ids live
         self._list_parameters()
         _verify_trunk_and_head(self)  # against the model's own forward, so not compiled
         if has_own_attention(base.model):
             config = base.model.config.get_text_config()
-            self._longest_packed = longest_packed(self.trunk, config, device=base.device, dtype=base.dtype)
+            longest = partial(longest_packed, self.trunk, config, device=base.device, dtype=base.dtype)
+            self._longest_packed = longest()
+            if base.is_compiled:
+                self._longest_compiled = min(longest(stay_packed=True), row_attention.LONGEST)
         if base.is_compiled:
             self._decoder = DecoderLayers(self.trunk, is_compiled=True)
 
@@ -234,23 +240,24 @@ class AdaptedModel:
             is_checkpointed: keep only each layer's input for the backward pass, and compute the rest again there.
         """
         own = [parameter for _, parameter, adapter in self._parameters if adapter == self._role[0]]
-        # a compiled layer would need a graph for every way of packing
-        packing = None if self.base.is_compiled else self._packing(ids_BS, is_token_BS)
+        packing = self._packing(ids_BS, is_token_BS, is_compiled=self.base.is_compiled)
         return self._decoder.hidden(ids_BS, own, packing, is_checkpointed=is_checkpointed)
 
     def plain_hidden(self, ids_BS: Tensor, is_token_BS: Tensor, *, cache: Cache | None = None) -> Tensor:
         """As `hidden`, by the layers as trainers and entering prompts have them: not compiled, and checkpointed if a
         trainer says so. An empty `cache` takes the keys and values."""
         # what is drawn for each token would be drawn once for several
-        packing = None if self.trunk.training and self._has_dropout else self._packing(ids_BS, is_token_BS)
+        draws = self.trunk.training and self._has_dropout
+        packing = None if draws else self._packing(ids_BS, is_token_BS, is_compiled=False)
         return last_hidden(self.trunk, ids_BS, packing, past_key_values=cache, use_cache=cache is not None)
 
-    def _packing(self, ids_BS: Tensor, is_token_BS: Tensor | None) -> PackedRows | None:
-        if ids_BS.shape[1] > self._longest_packed:
+    def _packing(self, ids_BS: Tensor, is_token_BS: Tensor | None, *, is_compiled: bool) -> PackedRows | None:
+        longest = self._longest_compiled if is_compiled else self._longest_packed
+        if not 1 < ids_BS.shape[1] <= longest:
             return None
         if ids_BS not in self._packings:
             is_token_BS = torch.ones_like(ids_BS, dtype=torch.bool) if is_token_BS is None else is_token_BS
-            self._packings[ids_BS] = PackedRows.of(ids_BS, is_token_BS)
+            self._packings[ids_BS] = PackedRows.of(ids_BS, is_token_BS, stay_packed=is_compiled)
         return self._packings[ids_BS]
 
     def step(self, cache: object, windows: Sequence[object], **inputs: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from align import packing, row_attention
+from align.errors import InvariantError
 
 _NAME = "align_sdpa"
 
@@ -64,6 +65,8 @@ def _attend(
         return row_attention.attend(query, key, value, packed, query.shape[3] ** -0.5 if scale is None else scale), None
     if packed is None:
         return _attend_rows(module, query, key, value, attention_mask, **options)
+    if packed.stay_packed:
+        raise InvariantError("attention would have to unpack rows that have to stay packed")
     query, key, value = (packed.unpack(states, dim=2) for states in (query, key, value))
     return packed.pack(_attend_rows(module, query, key, value, attention_mask, **options)[0]), None
 

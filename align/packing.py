@@ -25,30 +25,37 @@ _present: "PackedRows | None" = None
 class PackedRows:
     """Where the N distinct tokens of right-padded rows (B, L) stand."""
 
-    shape: tuple[int, int]  # (B, L)
     first_N: Tensor  # int64, as all these: the place in B·L of each packed token, or of the first of its equals
     packed_BL: Tensor  # the packed token of each place; of padding any
     lengths_B: Tensor  # tokens of each row
     shared_B: Tensor  # how many of them, from its begin on, stand in an earlier row, too
     equals: tuple[tuple[Tensor, Tensor], ...]  # the packed tokens (K,) that stand for C, and their places (K, C)
+    stay_packed: bool  # attention has to take them as they stand
 
     @staticmethod
-    def of(ids_BL: Tensor, is_token_BL: Tensor) -> "PackedRows | None":
-        """None if packing would save too little."""
+    def of(ids_BL: Tensor, is_token_BL: Tensor, *, stay_packed: bool = False) -> "PackedRows | None":
+        """None if packing would save too little. What stays packed always is: then one graph of a compiled layer does
+        for all batches, as it could not if it unpacked them."""
         (num_rows, length), device = ids_BL.shape, ids_BL.device
         is_same_BBL = (ids_BL[:, None] == ids_BL) & is_token_BL[:, None] & is_token_BL
         begins_alike_BBL = is_same_BBL.to(torch.uint8).cumprod(-1, dtype=torch.uint8)
         first_row_BL = begins_alike_BBL.argmax(1)  # the first of several that are largest
         is_first_BL = is_token_BL & (first_row_BL == torch.arange(num_rows, device=device)[:, None])
         first_N = is_first_BL.flatten().nonzero()[:, 0]
-        if len(first_N) > (1 - _LEAST_SAVED) * ids_BL.numel():
+        if not stay_packed and len(first_N) > (1 - _LEAST_SAVED) * ids_BL.numel():
             return None
         number_BL = (is_first_BL.flatten().cumsum(0) - 1).view(num_rows, length)
         packed_BL = number_BL.gather(0, first_row_BL).clamp(min=0)
         places_T = is_token_BL.flatten().nonzero()[:, 0]
         equals = _equals(packed_BL.flatten()[places_T], places_T)
         lengths_B = is_token_BL.sum(1)
-        return PackedRows((num_rows, length), first_N, packed_BL, lengths_B, lengths_B - is_first_BL.sum(1), equals)
+        shared_B = lengths_B - is_first_BL.sum(1)
+        return PackedRows(first_N, packed_BL, lengths_B, shared_B, equals, stay_packed)
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, L). Of a tensor: a number of its own would make another graph of a compiled layer for each length."""
+        return self.packed_BL.shape
 
     def pack(self, rows: Tensor) -> Tensor:
         """(1, N, ...) from (B, L, ...), which must be the same wherever the tokens are."""
@@ -148,29 +155,32 @@ def last_hidden(trunk: nn.Module, ids_BS: Tensor, packing: PackedRows | None, **
     return packing.unpack(hidden_1NH)
 
 
-def longest_packed(trunk: nn.Module, config: Any, *, device: torch.device, dtype: torch.dtype) -> float:
+def longest_packed(
+    trunk: nn.Module, config: Any, *, device: torch.device, dtype: torch.dtype, stay_packed: bool = False
+) -> float:
     """Tokens of a row, at most, for the trunk to say of packed rows what it says of each by itself.
 
     0 if a layer passes on by other ways than attention, or counts tokens rather than take their positions; else what
-    all its layers see. Its attention must be ours (`align.attention`). `config`: transformers' text config.
+    all its layers see. Its attention must be ours (`align.attention`), which may unpack them unless they have to
+    `stay_packed`. `config`: transformers' text config.
     """
     if getattr(config, "attn_temperature_tuning", False):  # Llama 4, of tokens beyond some thousands
         return 0
     windows = (getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size"))
     window = min((window for window in windows if window is not None), default=float("inf"))
-    return window if _can_pack(trunk, device=device, dtype=dtype) else 0
+    return window if _can_pack(trunk, device=device, dtype=dtype, stay_packed=stay_packed) else 0
 
 
 @torch.no_grad()
-def _can_pack(trunk: nn.Module, *, device: torch.device, dtype: torch.dtype) -> bool:
+def _can_pack(trunk: nn.Module, *, device: torch.device, dtype: torch.dtype, stay_packed: bool) -> bool:
     ids_BS = torch.tensor([[1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 8, 9, 0, 0]], device=device)
     is_token_BS = ids_BS > 0
-    packing = PackedRows.of(ids_BS, is_token_BS)
+    packing = PackedRows.of(ids_BS, is_token_BS, stay_packed=stay_packed)
     assert packing is not None
     alone_NH = last_hidden(trunk, ids_BS, None, use_cache=False)[is_token_BS].float()
     try:
         packed_NH = last_hidden(trunk, ids_BS, packing, use_cache=False)[is_token_BS].float()
-    except Exception as error:  # it takes no such positions, or sees other rows
+    except Exception as error:  # it takes no such positions, sees other rows, or would have to unpack them
         if should_reduce_batch_size(error):
             raise
         return False

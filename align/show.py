@@ -137,7 +137,7 @@ def summary_view(summary: Section) -> RenderableType:
     forecasts = [f"{name} {_forecast(stage)}" for name, stage in _section(summary, "memory").items()]
     if forecasts:
         what = "memory" if "peak_device_memory_bytes" in summary else "memory above the imports"
-        parts.append(Text(f"{what}, GiB, forecast / measured peak: {', '.join(forecasts)}", "dim"))
+        parts.append(Text(f"{what}, GiB, forecast at full length / measured peak: {', '.join(forecasts)}", "dim"))
     return Group(*parts)
 
 

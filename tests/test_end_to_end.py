@@ -1,10 +1,8 @@
 """The command on configs/tiny.yaml, in processes of its own: real stages under a real Ray. What the driver does with
-stages that only pretend is in tests/align/test_driver.py, what the command says to a wrong call in test_cli.py."""
+stages that only pretend is in tests/align/test_driver.py, what the command says to a wrong call in test_cli.py, and
+kills and stops are in tests/faults."""
 
 import json
-import os
-import shutil
-import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.shell import SECRETS, TINY, Shell, descendants, finish, new_shell, reproducible, run_of, wait_until
+from tests.shell import SECRETS, TINY, Shell, new_shell, reproducible, run_of
 
-SIZES = ("ppo.updates=30", "ppo.checkpoints.every=1")  # long enough to be interrupted on a busy machine, too
 STEPS = ("sft", "reward", "ppo", "evaluation")
 
 # issue 2, part 9
@@ -45,7 +42,7 @@ NewShell = Callable[[str], Shell]
 
 
 def run_tiny(shell: Shell, *arguments: str) -> subprocess.CompletedProcess[str]:
-    finished = shell.align("run", TINY, *SIZES, *arguments)
+    finished = shell.align("run", TINY, *arguments)
     assert finished.returncode == 0, finished.stderr
     return finished
 
@@ -85,10 +82,6 @@ def steps_said(finished: subprocess.CompletedProcess[str]) -> list[str]:
     """The lines that say what is done about each step: "sft: run (not run yet)"."""
     starts = tuple(f"{step}: {kind} (" for step in STEPS for kind in ("run", "skip", "resume"))
     return [line for line in finished.stdout.splitlines() if line.startswith(starts)]
-
-
-def newest_checkpoint(run: Path) -> int:
-    return max((int(path.name.removeprefix("update-")) for path in run.glob("ppo/checkpoints/update-*")), default=0)
 
 
 def test_one_command_runs_all_stages_and_leaves_every_number_that_is_promised(
@@ -153,55 +146,9 @@ def test_run_again_a_finished_run_is_left_as_it_is_and_ray_is_not_started(staged
     assert not list(home.glob(".ray*"))
 
 
-def test_a_ppo_that_is_killed_stopped_and_terminated_ends_with_the_same_bytes(
-    whole: tuple[Shell, subprocess.CompletedProcess[str]], staged: Shell, shell: Shell
-) -> None:
-    run = run_of(shell)
-    for step in ("sft", "reward"):
-        shutil.copytree(run_of(staged) / step, run / step)
-
-    process = shell.start("run", TINY, *SIZES, "cluster.max_failures=0")
-    wait_until(lambda: newest_checkpoint(run) >= 2, process)
-    below = descendants(process.pid)
-    (worker,) = (pid for pid, title in below.items() if title.startswith("ray::Worker"))
-    os.kill(worker, signal.SIGKILL)
-    killed = finish(process, below)
-    assert steps_said(killed)[:2] == ["sft: skip (inputs unchanged)", "reward: skip (inputs unchanged)"]
-    assert killed.returncode == 1
-    assert killed.stderr.startswith("error: the worker died (ppo)")
-    assert "--resume" in killed.stderr
-    assert "Traceback" not in killed.stderr
-    assert not (run / "ppo" / "result.json").exists()
-
-    first = newest_checkpoint(run)
-    process = shell.start("run", TINY, *SIZES, "--resume")
-    wait_until(lambda: newest_checkpoint(run) >= first + 2, process)
-    process.send_signal(signal.SIGINT)
-    below = descendants(process.pid)
-    stopped = finish(process, below)
-    assert steps_said(stopped)[-1] == f"ppo: resume (continues after update {first})"
-    assert stopped.returncode == 130
-    assert stopped.stderr.startswith("error: stopped; finished stages and checkpoints are kept.")
-    assert stopped.stderr.count("\n") == 1
-    assert not (run / "ppo" / "result.json").exists()
-
-    second = newest_checkpoint(run)
-    process = shell.start("run", TINY, *SIZES, "--resume")
-    wait_until(lambda: newest_checkpoint(run) >= second + 2, process)
-    process.send_signal(signal.SIGTERM)
-    terminated = finish(process, descendants(process.pid))
-    assert terminated.returncode == 143
-    assert terminated.stderr.startswith("error: terminated; finished stages and checkpoints are kept.")
-    assert terminated.stderr.count("\n") == 1
-
-    run_tiny(shell, "--resume")
-    assert reproducible(run) == reproducible(run_of(whole[0]))
-    assert summary_of(shell)["eval"] == summary_of(whole[0])["eval"]
-
-
 def test_artifacts_of_another_base_are_refused_and_kept(staged: Shell) -> None:
     before = reproducible(run_of(staged))
-    finished = staged.align("run", TINY, *SIZES, "--stage", "reward", "base.model=tiny:gpt2")
+    finished = staged.align("run", TINY, "--stage", "reward", "base.model=tiny:gpt2")
     assert finished.returncode == 2
     assert "was made on base" in finished.stderr
     assert finished.stderr.count("\n") == 1

@@ -1,11 +1,14 @@
 """Rows packed into their distinct tokens: the same numbers, from fewer tokens."""
 
+import dataclasses
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from align import packing
+from align import packing, row_attention
 from align.adapters import AdaptedModel
 from align.config import AdaptersConfig
 from align.context import Sampling
@@ -13,7 +16,7 @@ from align.generation import generate
 from align.heads import ScalarHead
 from align.packing import PackedRows
 from stages.reward.batches import Collator, TrainerRow, batch_scores
-from tests.resident import SHAPES, distance, resident, with_adapters
+from tests.resident import SHAPES, count_tokens, distance, resident, save_wide_llama, with_adapters
 
 ROWS = torch.tensor([[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7, 0], [1, 2, 3, 9, 8, 7], [1, 2, 3, 9, 0, 0]])
 IS_TOKEN = ROWS > 0
@@ -22,14 +25,6 @@ NUM_DISTINCT = 3 + 3 + 1 + 3
 
 def unpacked(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "_longest_packed", 0)
-
-
-def count_tokens(model: AdaptedModel) -> list[int]:
-    """Tokens of each pass through the embeddings from now on."""
-    counts: list[int] = []
-    embeddings = model.base.model.get_input_embeddings()
-    embeddings.register_forward_hook(lambda _, inputs, __: counts.append(inputs[0].numel()))
-    return counts
 
 
 def packing_of(ids_BL: Tensor, is_token_BL: Tensor) -> PackedRows:
@@ -99,6 +94,13 @@ def test_nothing_is_packed_where_little_would_be_saved() -> None:
     distinct = torch.arange(16).view(2, 8)
     assert of(distinct, distinct < 14) is not None  # 14 of 16
     assert of(distinct, distinct < 15) is None
+
+
+def test_what_stays_packed_is_packed_whatever_is_saved() -> None:
+    ids_BL = torch.arange(16).view(2, 8)
+    packing = PackedRows.of(ids_BL, torch.ones_like(ids_BL, dtype=torch.bool), stay_packed=True)
+    assert packing is not None
+    assert packing.pack(ids_BL).tolist() == [list(range(16))]
 
 
 # ---- the same numbers ----
@@ -266,6 +268,21 @@ def test_a_base_with_an_attention_of_its_own_may_not(dtype: str) -> None:
     assert longest(model) > 0
     model.base.model.set_attn_implementation("eager")
     assert longest(model) == 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_compiled_layers_take_packed_rows_where_attention_need_not_unpack_them(
+    dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = dataclasses.replace(resident(save_wide_llama(tmp_path), dtype=dtype).base, is_compiled=True)
+
+    def longest_compiled() -> float:
+        return AdaptedModel(base, AdaptersConfig())._longest_compiled  # pyright: ignore[reportPrivateUsage]
+
+    if row_attention._dtypes:  # pyright: ignore[reportPrivateUsage]
+        assert longest_compiled() == row_attention.LONGEST
+    monkeypatch.setattr(row_attention, "fits", lambda *_: False)
+    assert longest_compiled() == 0
 
 
 def test_a_base_whose_layers_pass_on_by_other_ways_may_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,9 +40,10 @@ def test_the_table_says_whether_pairs_or_verdicts_were_judged() -> None:
 def test_the_forecast_stands_beside_the_measured_peak() -> None:
     memory = {"sft": {"forecast_bytes": 2**30, "peak_bytes": 2**31}, "ppo": {"forecast_bytes": 0, "peak_bytes": 2**29}}
     text = rendered(summary_view({**SUMMARY, "memory": memory}))
-    assert "memory above the imports, GiB, forecast / measured peak: sft 1.00 / 2.00, ppo 0.00 / 0.50" in text
+    said = "memory above the imports, GiB, forecast at full length / measured peak: sft 1.00 / 2.00, ppo 0.00 / 0.50"
+    assert said in text
     on_gpu = rendered(summary_view({**SUMMARY, "memory": memory, "peak_device_memory_bytes": 1}))
-    assert "memory, GiB, forecast / measured peak" in on_gpu
+    assert "memory, GiB, forecast at full length / measured peak" in on_gpu
     assert "forecast" not in rendered(summary_view({**SUMMARY, "memory": {}}))
 
 

@@ -134,6 +134,31 @@ def logged_steps(run: Path, stage: str) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+def test_a_run_that_may_not_go_on_by_itself_says_how_to_and_is_resumed_to_the_same_bytes(
+    whole: Whole, shell: Shell
+) -> None:
+    run = run_of(shell)
+    process = start("ppo", whole, shell, "cluster.max_failures=0")
+    wait_until(lambda: logged_steps(run, "ppo") >= 3, process)
+    below = descendants(process.pid)
+    os.kill(worker_of(below), signal.SIGKILL)
+    killed = finish(process, below)
+    assert [line for line in killed.stdout.splitlines() if line.endswith(": skip (inputs unchanged)")] == [
+        f"{stage}: skip (inputs unchanged)" for stage in ("sft", "reward")
+    ]
+    assert killed.returncode == 1
+    assert killed.stderr.startswith("error: the worker died (ppo)")
+    assert "--resume" in killed.stderr
+    assert "Traceback" not in killed.stderr
+    assert not (run / "ppo" / "result.json").exists()
+    newest, _ = newest_whole(run / "ppo" / "checkpoints")
+    assert newest is not None
+    resumed = shell.align("run", TINY, *SIZES, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"ppo: resume (continues after update {newest.step})" in resumed.stdout
+    assert reproducible(run) == reproducible(whole.run)
+
+
 @pytest.mark.parametrize(
     ("stage", "number", "code"),
     [("sft", signal.SIGINT, 130), ("reward", signal.SIGTERM, 143), ("ppo", signal.SIGINT, 130)],
