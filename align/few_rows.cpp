@@ -2,7 +2,8 @@
 //
 // The weight is read once, as it lies, by a tile of TILE of its rows at a time against BLOCK rows of x after BLOCK; from
 // BLOCK rows on the next tile is fetched in the meantime. Each product of two rows is summed in 16 lanes, and the lanes
-// by one tree, so what is said of a row of x depends neither on the rows beside it nor on the number of threads.
+// by one tree, so what is said of a row of x depends neither on the rows beside it nor on the number of threads. Without
+// a weight, the low-rank part is added to the y there is.
 
 #include <immintrin.h>
 #include <omp.h>
@@ -50,6 +51,8 @@ struct Step<float, bfloat16> {  // A, which stays in float32, and x
 
 inline float load(float at) { return at; }
 inline void store(float* at, float value) { *at = value; }
+inline __m128 load_four(const float* at) { return _mm_loadu_ps(at); }
+inline void store_four(float* at, __m128 values) { _mm_storeu_ps(at, values); }
 
 #ifdef __AVX512BF16__
 template <>
@@ -64,6 +67,13 @@ inline float load(bfloat16 at) { return _mm512_cvtss_f32(_mm512_castsi512_ps(_mm
 inline void store(bfloat16* at, float value) {
   __m256bh rounded = _mm512_cvtneps_pbh(_mm512_set1_ps(value));
   *at = bfloat16(_mm256_extract_epi16((__m256i)rounded, 0));
+}
+inline __m128 load_four(const bfloat16* at) {
+  __m128i wide = _mm_cvtepu16_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
+  return _mm_castsi128_ps(_mm_slli_epi32(wide, 16));
+}
+inline void store_four(bfloat16* at, __m128 values) {
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(at), (__m128i)_mm_cvtneps_pbh(values));
 }
 #endif
 
@@ -95,7 +105,7 @@ struct LowRank {
 template <class Weight, class Input, class Output>
 struct Product {
   const Input* x;
-  const Weight* w;
+  const Weight* w;  // or null, and num_in 0: then y holds x Wᵀ and the bias
   const Output* bias;
   LowRank low;
   Output* y;
@@ -142,9 +152,16 @@ struct Product {
     }
     alignas(64) float said[16];
     _mm512_store_ps(said, sum_lanes(sums));
-    for (int n = 0; n < X; n++)
-      for (int t = 0; t < T; t++)
-        store(y + (row + n) * y_stride + out + t, said[n * T + t] + (bias ? load(bias[out + t]) : 0.f));
+    for (int n = 0; n < X; n++) {
+      Output* at = y + (row + n) * y_stride + out;
+      const Output* before = w ? bias ? bias + out : nullptr : at;
+      if constexpr (T == 4) {
+        const __m128 sum = _mm_load_ps(said + n * T);
+        store_four(at, before ? _mm_add_ps(sum, load_four(before)) : sum);
+      } else {
+        for (int t = 0; t < T; t++) store(at + t, said[n * T + t] + (before ? load(before[t]) : 0.f));
+      }
+    }
   }
 
   // All rows of x against T rows of w, which stay in the first cache as rows of x come by. The next rows of w are
@@ -182,7 +199,8 @@ template <class T>
 void product(const T* x, const T* w, const T* bias, const float* a, const float* b, float scale, T* y, float* low,
              int64_t num_rows, int64_t num_in, int64_t num_out, int64_t rank, int64_t low_stride, int num_threads) {
   Product<float, T, float> down{x, a, nullptr, {}, low, num_rows, num_in, rank, low_stride};
-  Product<T, T, T> whole{x, w, bias, {low, b, rank, low_stride, scale}, y, num_rows, num_in, num_out, num_out};
+  LowRank up{low, b, rank, low_stride, scale};
+  Product<T, T, T> whole{x, w, bias, up, y, num_rows, w ? num_in : 0, num_out, num_out};
 #pragma omp parallel num_threads(num_threads)
   {
     int thread = omp_get_thread_num(), threads = omp_get_num_threads();
