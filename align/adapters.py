@@ -49,7 +49,8 @@ class AdaptedModel:
         self._decoder = DecoderLayers(self.trunk, is_compiled=False)
         self._longest_packed: float = 0  # tokens of a row
         self._longest_compiled: float = 0  # and of one that compiled layers take packed
-        self._packings: WeakIdKeyDictionary = WeakIdKeyDictionary()  # of each batch, as long as its ids live
+        # Of each batch, as long as its ids live, for plain and for compiled layers
+        self._packings = {is_compiled: WeakIdKeyDictionary() for is_compiled in (False, True)}
         self._list_parameters()
         _verify_trunk_and_head(self)  # against the model's own forward, so not compiled
         if has_own_attention(base.model):
@@ -255,10 +256,11 @@ class AdaptedModel:
         longest = self._longest_compiled if is_compiled else self._longest_packed
         if not 1 < ids_BS.shape[1] <= longest:
             return None
-        if ids_BS not in self._packings:
+        packings = self._packings[is_compiled]
+        if ids_BS not in packings:
             is_token_BS = torch.ones_like(ids_BS, dtype=torch.bool) if is_token_BS is None else is_token_BS
-            self._packings[ids_BS] = PackedRows.of(ids_BS, is_token_BS, stay_packed=is_compiled)
-        return self._packings[ids_BS]
+            packings[ids_BS] = PackedRows.of(ids_BS, is_token_BS, stay_packed=is_compiled)
+        return packings[ids_BS]
 
     def step(self, cache: object, windows: Sequence[object], **inputs: Tensor) -> Tensor:
         """Last hidden states (B, 1, H) of one more token of two rows or more, by compiled layers (base.is_compiled)."""

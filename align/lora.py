@@ -5,8 +5,8 @@ once more, forwards and backwards, and under a bfloat16 base the input is copied
 low-rank part is added into the product itself, in the base's dtype, and what is kept for the backward pass is x (which
 q, k and v share) and the rank-r x Aᵀ. A and B, and their gradients, stay float32.
 
-Few rows, as in decoding, have a product of their own (`align.few_rows`); where that is not to be had, and decoding is
-compiled, their low-rank part is loops.
+Few rows, as in decoding, have a product of their own (`align.few_rows`); where that is not to be had, or left to torch,
+and decoding is compiled, their low-rank part is loops.
 """
 
 from typing import Any, cast

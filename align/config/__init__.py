@@ -60,8 +60,8 @@ class BaseModelConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: bool = Field(
         default=False,
-        description="decoder layers, in PPO and in decoding: faster after a minute or two, but rows that begin alike "
-        "no longer share that; needs a C++ compiler",
+        description="decoder layers, in PPO and in decoding: faster after a minute or two; needs a C++ compiler. On a "
+        "GPU, or a CPU without AVX-512, rows that begin alike no longer share that",
     )
     trust_remote_code: bool = False
 

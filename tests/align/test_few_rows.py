@@ -20,6 +20,8 @@ pytestmark = pytest.mark.skipif(not (DTYPES and HAS_COMPILER), reason="no AVX-51
 def _prepared() -> None:
     few_rows.prepare()
     assert few_rows._dtypes == set(DTYPES)  # pyright: ignore[reportPrivateUsage]
+    has_amx = torch.cpu.get_capabilities().get("amx_bf16")
+    assert few_rows._left == ({torch.bfloat16} if has_amx else set())  # pyright: ignore[reportPrivateUsage]
 
 
 def drawn(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -123,6 +125,14 @@ def test_it_is_left_where_it_would_be_wrong() -> None:
     assert not few_rows.fits(wanted_NI, weight_OI)  # it has no gradient
     frozen_product(wanted_NI, weight_OI).sum().backward()
     torch.testing.assert_close(wanted_NI.grad, weight_OI.sum(0).expand(3, 8))
+
+
+def test_a_compiler_has_loops_for_what_is_added_to_torchs_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    x_NI, weight_OI = drawn(3, 8, seed=0), drawn(4, 8, seed=1)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert few_rows.fits(x_NI, weight_OI)
+    monkeypatch.setattr(few_rows, "_left", frozenset(DTYPES))
+    assert not few_rows.fits(x_NI, weight_OI)
 
 
 def test_frozen_layers_and_lora_take_it_for_few_rows_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,11 @@
 """Kill -9 and stops at random instants of the stages: what is resumed ends with the bytes of a run that nobody ended.
 
-The short form kills twice a worker and twice a driver of tiny.yaml, in all three stages, and stops three runs;
-FAULTS=20 (make faults) kills each 20 times, then those of the quickstart once in each stage, and looks at the clock.
+The short form kills twice a worker and twice a driver of tiny.yaml, in all three stages, stops three runs, and ends one
+again and again; FAULTS=20 (make faults) kills each 20 times, then those of the quickstart once in each stage, and looks
+at the clock.
 """
 
+import json
 import os
 import random
 import shutil
@@ -134,7 +136,7 @@ def logged_steps(run: Path, stage: str) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
-def test_a_run_that_may_not_go_on_by_itself_says_how_to_and_is_resumed_to_the_same_bytes(
+def test_a_run_that_may_not_go_on_by_itself_says_how_to_and_ended_again_and_again_has_the_same_bytes(
     whole: Whole, shell: Shell
 ) -> None:
     run = run_of(shell)
@@ -153,10 +155,20 @@ def test_a_run_that_may_not_go_on_by_itself_says_how_to_and_is_resumed_to_the_sa
     assert not (run / "ppo" / "result.json").exists()
     newest, _ = newest_whole(run / "ppo" / "checkpoints")
     assert newest is not None
+
+    process = shell.start("run", TINY, *SIZES, "--resume")
+    wait_until(lambda: logged_steps(run, "ppo") >= newest.step + 2, process)
+    process.send_signal(signal.SIGTERM)
+    terminated = finish(process, descendants(process.pid))
+    assert f"ppo: resume (continues after update {newest.step})" in terminated.stdout
+    assert terminated.returncode == 143
+    assert not (run / "ppo" / "result.json").exists()
+
     resumed = shell.align("run", TINY, *SIZES, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert f"ppo: resume (continues after update {newest.step})" in resumed.stdout
     assert reproducible(run) == reproducible(whole.run)
+    summary, other = (json.loads((run / "summary.json").read_text()) for run in (run, whole.run))
+    assert summary["eval"] == other["eval"]
 
 
 @pytest.mark.parametrize(
@@ -176,6 +188,8 @@ def test_a_run_that_is_stopped_has_its_last_finished_update_on_the_disk_and_leav
     if COUNT >= 20:
         assert time.monotonic() - since < 10
     assert stopped.returncode == code
+    said = {130: "stopped", 143: "terminated"}[code]
+    assert stopped.stderr.startswith(f"error: {said}; finished stages and checkpoints are kept.")
     assert stopped.stderr.count("\n") == 1
     assert f"stopping: {stage} has up to" in stopped.stdout
     newest, damage = newest_whole(run / stage / "checkpoints")
