@@ -86,9 +86,12 @@ def _product(
     y_NO = linear(x_NI, weight_OI, bias_O) if is_left else x_NI.new_empty(num_rows, num_out)
     if is_left and not rank:
         return y_NO, low_NS
-    held = (x_NI, weight_OI, *(None if own is None else own.contiguous() for own in (bias_O, a_RI, b_OR)))
+    held = (
+        x_NI,
+        None if is_left else weight_OI,
+        *(None if own is None else own.contiguous() for own in (bias_O, a_RI, b_OR)),
+    )
     x, weight, bias, a, b = map(native.pointer, held)
-    weight = None if is_left else weight
     y, low = native.pointer(y_NO), native.pointer(low_NS)
     sizes = (ctypes.c_int64(size) for size in (num_rows, num_in, num_out, rank, stride))
     _kernels[x_NI.dtype](x, weight, bias, a, b, ctypes.c_float(scale), y, low, *sizes, torch.get_num_threads())

@@ -5,7 +5,6 @@ again and again; FAULTS=20 (make faults) kills each 20 times, then those of the 
 at the clock.
 """
 
-import json
 import os
 import random
 import shutil
@@ -99,6 +98,15 @@ def kill_driver(process: subprocess.Popen[str]) -> None:
     finish(process, {pid: title for pid, title in below.items() if not title.startswith(AGENTS)})
 
 
+def verify_same(run: Path, other: Path) -> None:
+    """To the byte, and in every number of the summaries that is not a time or a size in memory."""
+    assert reproducible(run) == reproducible(other)
+    summary, expected = (read_json(folder / "summary.json") for folder in (run, other))
+    assert isinstance(summary, dict)
+    assert isinstance(expected, dict)
+    assert all(summary[section] == expected[section] for section in ("sft", "reward", "ppo", "eval"))
+
+
 @pytest.fixture
 def shell(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Shell:
     return new_shell(tmp_path, tmp_path_factory.getbasetemp() / "align-cache")
@@ -124,16 +132,19 @@ def test_a_run_whose_driver_is_killed_is_resumed_to_the_same_bytes(instant: int,
     kill_driver(process)
     finished = shell.align("run", TINY, *SIZES, "--resume")
     assert finished.returncode == 0, finished.stderr
-    assert reproducible(run_of(shell)) == reproducible(whole.run)
-    summary, other = (read_json(run / "summary.json") for run in (run_of(shell), whole.run))
-    assert isinstance(summary, dict)
-    assert isinstance(other, dict)
-    assert all(summary[section] == other[section] for section in ("sft", "reward", "ppo", "eval"))
+    verify_same(run_of(shell), whole.run)
 
 
 def logged_steps(run: Path, stage: str) -> int:
     path = run / stage / "metrics.jsonl"
     return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def verify_stopped(stopped: subprocess.CompletedProcess[str], code: int) -> None:
+    said = {130: "stopped", 143: "terminated"}[code]
+    assert stopped.returncode == code
+    assert stopped.stderr.startswith(f"error: {said}; finished stages and checkpoints are kept.")
+    assert stopped.stderr.count("\n") == 1
 
 
 def test_a_run_that_may_not_go_on_by_itself_says_how_to_and_ended_again_and_again_has_the_same_bytes(
@@ -153,22 +164,23 @@ def test_a_run_that_may_not_go_on_by_itself_says_how_to_and_ended_again_and_agai
     assert "--resume" in killed.stderr
     assert "Traceback" not in killed.stderr
     assert not (run / "ppo" / "result.json").exists()
-    newest, _ = newest_whole(run / "ppo" / "checkpoints")
-    assert newest is not None
 
-    process = shell.start("run", TINY, *SIZES, "--resume")
-    wait_until(lambda: logged_steps(run, "ppo") >= newest.step + 2, process)
-    process.send_signal(signal.SIGTERM)
-    terminated = finish(process, descendants(process.pid))
-    assert f"ppo: resume (continues after update {newest.step})" in terminated.stdout
-    assert terminated.returncode == 143
-    assert not (run / "ppo" / "result.json").exists()
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        newest, _ = newest_whole(run / "ppo" / "checkpoints")
+        assert newest is not None
+        process = shell.start("run", TINY, *SIZES, "--resume")
+        enough = newest.step + 2
+        wait_until(lambda enough=enough: logged_steps(run, "ppo") >= enough, process)
+        below = descendants(process.pid)
+        process.send_signal(number)
+        stopped = finish(process, below)
+        assert f"ppo: resume (continues after update {newest.step})" in stopped.stdout
+        verify_stopped(stopped, code)
+        assert not (run / "ppo" / "result.json").exists()
 
     resumed = shell.align("run", TINY, *SIZES, "--resume")
     assert resumed.returncode == 0, resumed.stderr
-    assert reproducible(run) == reproducible(whole.run)
-    summary, other = (json.loads((run / "summary.json").read_text()) for run in (run, whole.run))
-    assert summary["eval"] == other["eval"]
+    verify_same(run, whole.run)
 
 
 @pytest.mark.parametrize(
@@ -187,10 +199,7 @@ def test_a_run_that_is_stopped_has_its_last_finished_update_on_the_disk_and_leav
     stopped = finish(process, below)
     if COUNT >= 20:
         assert time.monotonic() - since < 10
-    assert stopped.returncode == code
-    said = {130: "stopped", 143: "terminated"}[code]
-    assert stopped.stderr.startswith(f"error: {said}; finished stages and checkpoints are kept.")
-    assert stopped.stderr.count("\n") == 1
+    verify_stopped(stopped, code)
     assert f"stopping: {stage} has up to" in stopped.stdout
     newest, damage = newest_whole(run / stage / "checkpoints")
     assert newest is not None
