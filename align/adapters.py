@@ -17,7 +17,6 @@ from peft import LoraConfig, LoraModel, PeftModel, get_peft_model_state_dict, se
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers import Cache
 
 from align import row_attention
@@ -29,7 +28,7 @@ from align.few_rows import FEW
 from align.layers import DecoderLayers
 from align.logprobs import LMHead
 from align.lora import LoRALinear, lora_config, use_lora_product
-from align.packing import PackedRows, last_hidden, longest_packed
+from align.packing import Packings, last_hidden, longest_packed
 from align.randomness import stage_seed
 
 RAW_BASE = "base"  # the role with every adapter off: never the reference (that is the frozen sft adapter)
@@ -47,18 +46,17 @@ class AdaptedModel:
         self._peft: PeftModel | None = None
         self._role: tuple[str, bool] = (RAW_BASE, False)
         self._decoder = DecoderLayers(self.trunk, is_compiled=False)
-        self._longest_packed: float = 0  # tokens of a row
-        self._longest_compiled: float = 0  # and of one that compiled layers take packed
-        # Of each batch, as long as its ids live, for plain and for compiled layers
-        self._packings = {is_compiled: WeakIdKeyDictionary() for is_compiled in (False, True)}
+        self.packings = Packings()  # of what plain layers take
+        self.compiled_packings = Packings()
         self._list_parameters()
         _verify_trunk_and_head(self)  # against the model's own forward, so not compiled
         if has_own_attention(base.model):
             config = base.model.config.get_text_config()
             longest = partial(longest_packed, self.trunk, config, device=base.device, dtype=base.dtype)
-            self._longest_packed = longest()
+            self.packings = Packings(longest())
             if base.is_compiled:
-                self._longest_compiled = min(longest(stay_packed=True), row_attention.LONGEST)
+                at_most = min(longest(stay_packed=True), row_attention.LONGEST)
+                self.compiled_packings = Packings(at_most, stay_packed=True)
         if base.is_compiled:
             self._decoder = DecoderLayers(self.trunk, is_compiled=True)
 
@@ -241,26 +239,16 @@ class AdaptedModel:
             is_checkpointed: keep only each layer's input for the backward pass, and compute the rest again there.
         """
         own = [parameter for _, parameter, adapter in self._parameters if adapter == self._role[0]]
-        packing = self._packing(ids_BS, is_token_BS, is_compiled=self.base.is_compiled)
-        return self._decoder.hidden(ids_BS, own, packing, is_checkpointed=is_checkpointed)
+        packings = self.compiled_packings if self.base.is_compiled else self.packings
+        return self._decoder.hidden(ids_BS, own, packings.of(ids_BS, is_token_BS), is_checkpointed=is_checkpointed)
 
     def plain_hidden(self, ids_BS: Tensor, is_token_BS: Tensor, *, cache: Cache | None = None) -> Tensor:
         """As `hidden`, by the layers as trainers and entering prompts have them: not compiled, and checkpointed if a
         trainer says so. An empty `cache` takes the keys and values."""
         # what is drawn for each token would be drawn once for several
         draws = self.trunk.training and self._has_dropout
-        packing = None if draws else self._packing(ids_BS, is_token_BS, is_compiled=False)
+        packing = None if draws else self.packings.of(ids_BS, is_token_BS)
         return last_hidden(self.trunk, ids_BS, packing, past_key_values=cache, use_cache=cache is not None)
-
-    def _packing(self, ids_BS: Tensor, is_token_BS: Tensor | None, *, is_compiled: bool) -> PackedRows | None:
-        longest = self._longest_compiled if is_compiled else self._longest_packed
-        if not 1 < ids_BS.shape[1] <= longest:
-            return None
-        packings = self._packings[is_compiled]
-        if ids_BS not in packings:
-            is_token_BS = torch.ones_like(ids_BS, dtype=torch.bool) if is_token_BS is None else is_token_BS
-            packings[ids_BS] = PackedRows.of(ids_BS, is_token_BS, stay_packed=is_compiled)
-        return packings[ids_BS]
 
     def step(self, cache: object, windows: Sequence[object], **inputs: Tensor) -> Tensor:
         """Last hidden states (B, 1, H) of one more token of two rows or more, by compiled layers (base.is_compiled)."""

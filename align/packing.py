@@ -16,6 +16,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakIdKeyDictionary
 
 _LEAST_SAVED = 1 / 8  # of a batch's places: below, it is not worth its while where each layer unpacks the rows
 _present: "PackedRows | None" = None
@@ -117,6 +118,24 @@ class _Unpack(torch.autograd.Function):
             equals = gradients[0].index_select(0, places_KC.flatten()).unflatten(0, places_KC.shape)
             packed.index_copy_(0, tokens_K, equals.sum(1))
         return packed, None
+
+
+class Packings:
+    """How batches stand packed, found out once for each as long as its ids live."""
+
+    def __init__(self, longest: float = 0, *, stay_packed: bool = False) -> None:
+        self.longest = longest  # tokens of a row (`longest_packed`)
+        self._stay_packed = stay_packed
+        self._found = WeakIdKeyDictionary()
+
+    def of(self, ids_BL: Tensor, is_token_BL: Tensor | None) -> PackedRows | None:
+        """`PackedRows.of`; None, too, of rows longer than may be packed. `is_token_BL`: None if there is no padding."""
+        if not 1 < ids_BL.shape[1] <= self.longest:
+            return None
+        if ids_BL not in self._found:
+            is_token_BL = torch.ones_like(ids_BL, dtype=torch.bool) if is_token_BL is None else is_token_BL
+            self._found[ids_BL] = PackedRows.of(ids_BL, is_token_BL, stay_packed=self._stay_packed)
+        return self._found[ids_BL]
 
 
 def present() -> PackedRows | None:

@@ -24,7 +24,7 @@ NUM_DISTINCT = 3 + 3 + 1 + 3
 
 
 def unpacked(model: AdaptedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model, "_longest_packed", 0)
+    monkeypatch.setattr(model.packings, "longest", 0)
 
 
 def packing_of(ids_BL: Tensor, is_token_BL: Tensor) -> PackedRows:
@@ -255,11 +255,11 @@ def test_a_pass_that_fails_leaves_nothing_packed(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_bases_with_our_attention_may(shape: str, dtype: str) -> None:
-    assert resident(shape, dtype=dtype)._longest_packed > 0  # pyright: ignore[reportPrivateUsage]
+    assert resident(shape, dtype=dtype).packings.longest > 0
 
 
 def longest(model: AdaptedModel) -> float:
-    return AdaptedModel(model.base, AdaptersConfig())._longest_packed  # pyright: ignore[reportPrivateUsage]
+    return AdaptedModel(model.base, AdaptersConfig()).packings.longest
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -277,7 +277,7 @@ def test_compiled_layers_take_packed_rows_where_attention_need_not_unpack_them(
     base = dataclasses.replace(resident(save_wide_llama(tmp_path), dtype=dtype).base, is_compiled=True)
 
     def longest_compiled() -> float:
-        return AdaptedModel(base, AdaptersConfig())._longest_compiled  # pyright: ignore[reportPrivateUsage]
+        return AdaptedModel(base, AdaptersConfig()).compiled_packings.longest
 
     if row_attention._dtypes:  # pyright: ignore[reportPrivateUsage]
         assert longest_compiled() == row_attention.LONGEST

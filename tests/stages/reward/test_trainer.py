@@ -96,7 +96,7 @@ def steps_of(
     context = context_of(model, folder, "reward")
     collator = Collator(codec.pad_id)
     if not is_packed:
-        model._longest_packed = 0  # pyright: ignore[reportPrivateUsage]
+        model.packings.longest = 0
     own: dict[str, Any] = {"evidence": evidence, "resident": model, "head": head, "data_collator": collator}
     with model.role("reward", train=True):
         scorer = scorer_on_trunk(model, head, pad_id=codec.pad_id)
