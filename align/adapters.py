@@ -14,6 +14,7 @@ from typing import cast
 import torch
 import xxhash
 from peft import LoraConfig, LoraModel, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -127,6 +128,13 @@ class AdaptedModel:
             raise ArtifactError(
                 f"{folder} does not fit the base {self.base.resolved.name}: {len(outcome.unexpected_keys)} unexpected "
                 f"and {len(missing)} missing tensors, first {(*outcome.unexpected_keys, *missing)[0]}"
+            )
+        inside = {id(module) for layer in self._decoder.layers for module in layer.modules()}
+        named = [(key, module) for key, module in self.base.model.named_modules() if isinstance(module, LoraLayer)]
+        outside = [key for key, own in named if id(own) not in inside or not isinstance(own, LoRALinear)]
+        if outside:  # where no role switches it, and no cache knows of it
+            raise ArtifactError(
+                f"{folder} adapts {outside[0]}: only linear layers inside decoder layers can carry LoRA"
             )
         self._freeze()
 
@@ -256,15 +264,7 @@ class AdaptedModel:
 
     @property
     def lm_head(self) -> LMHead:
-        layer = cast(nn.Linear, self.base.model.get_output_embeddings())
-        config = self.base.model.config
-        scale = 1.0
-        if getattr(config, "logit_scale", None) is not None:  # Cohere
-            scale = config.logit_scale
-        if getattr(config, "logits_scaling", None) is not None:  # Granite
-            scale = 1 / config.logits_scaling
-        softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
-        return LMHead(layer.weight, layer.bias, scale, softcap)
+        return LMHead.of(self.base.model)
 
     # ---- what must not change ----
 

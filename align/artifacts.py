@@ -70,7 +70,8 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
                     os.fsync(file.fileno())
             temporary.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: object, *, durable: bool = True) -> None:

@@ -82,12 +82,17 @@ def _find_folder(config: BaseModelConfig, files: Sequence[str]) -> Path:
         return find_tiny(config.model.removeprefix("tiny:"))
     if Path(config.model).is_dir():
         return Path(config.model)
-    if config.model.startswith((".", "/", "~")) or config.model.count("/") != 1:
+    verify_hub_id(config.model)
+    return _download(config.model, config.revision, files)
+
+
+def verify_hub_id(model: str) -> None:
+    """Of a base that is none of the others. ModelError if it cannot be one."""
+    if model.startswith((".", "/", "~")) or model.count("/") != 1:
         raise ModelError(
-            f"base.model: {config.model!r} is not a folder that exists, nor a hub id (owner/name), nor one of "
+            f"base.model: {model!r} is not a folder that exists, nor a hub id (owner/name), nor one of "
             "embedded, tiny:llama, tiny:gpt2, tiny:qwen2"
         )
-    return _download(config.model, config.revision, files)
 
 
 def _download(hub_id: str, revision: str | None, files: Sequence[str]) -> Path:

@@ -1,11 +1,11 @@
 """`align check`: everything that can be known to be wrong without torch, Ray or the network, in under two seconds."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from align.base import missing_files
+from align.base import missing_files, verify_hub_id
 from align.config import BaseModelConfig, Config, SourceConfig
 from align.errors import AlignError
 from align.handover import brought, brought_head
@@ -38,18 +38,31 @@ def _found(what: str, look: Callable[[], str]) -> Finding:
 def _check_base(base: BaseModelConfig) -> Finding:
     what = "base.model"
     if base.model.startswith("tiny:"):
-        return Finding(what, "ok", f"{base.model}, random weights made on the spot")
+        return _found(what, lambda: _tiny(base.model))
     if base.model == "embedded":
         from align.embedded import find_embedded
 
         return _found(what, lambda: f"embedded, {find_embedded()[0].name}")
     folder = Path(base.model)
     if not folder.is_absolute():  # settings made every folder absolute
-        return Finding(what, "not checked", f"hub id {base.model}")
+        found = _found(what, lambda: _hub_id(base.model))
+        return replace(found, verdict="not checked") if found.verdict == "ok" else found
     missing = missing_files(folder)
     if missing:
         return Finding(what, "wrong", f"base.model: {folder} {_lacks(folder, missing)}; give a folder of transformers")
     return Finding(what, "ok", str(folder))
+
+
+def _tiny(model: str) -> str:
+    from align.tiny import verify_shape
+
+    verify_shape(model.removeprefix("tiny:"))
+    return f"{model}, random weights made on the spot"
+
+
+def _hub_id(model: str) -> str:
+    verify_hub_id(model)
+    return f"hub id {model}"
 
 
 def _lacks(folder: Path, missing: list[str]) -> str:

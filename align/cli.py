@@ -268,6 +268,8 @@ def ingest(
         from align.show import make_display, print_view
         from data.ingestion.find import IngestRequest
 
+        if engine == "local" and address != "local":
+            raise UsageError(f"--address {address} is of a Ray cluster: give --engine ray, too")
         fraction, held_out_sources = as_held_out(held_out or ())
         asked = IngestRequest(
             sources=tuple(sources),

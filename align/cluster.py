@@ -224,7 +224,9 @@ class Cluster:
         actor = ray.remote(Worker).options(
             num_cpus=asked.cpus, num_gpus=asked.gpus, scheduling_strategy=strategy, max_restarts=0
         )
-        return actor.remote(self._import_root, self._run, self._config.base, self._config.adapters, asked.cpus)
+        return actor.remote(
+            self._import_root, self._run, self._config.base, self._config.adapters, asked.cpus, asked.gpus
+        )
 
     def _wait(self, reference: Any, *, doing: str) -> Any:
         import ray

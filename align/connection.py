@@ -17,8 +17,8 @@ def is_in_ray_job() -> bool:
     return _IN_JOB in os.environ
 
 
-def connect(address: str) -> bool:
-    """Whether the connection is ours to end; PlacementError if there is none."""
+def connect(address: str, *, key: str = "cluster.address") -> bool:
+    """Whether the connection is ours to end; PlacementError, which says where the address stood, if there is none."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")  # or SIGTERM in ray.init waits half a minute
     if address == "local" and is_in_ray_job():
@@ -46,20 +46,20 @@ def connect(address: str) -> bool:
             ray.shutdown()
             if attempt == 1 and is_own and _SLOW_START in str(error):
                 continue
-            raise PlacementError(_no_connection(address, error, is_own=is_own)) from error
+            raise PlacementError(_no_connection(address, error, key=key, is_own=is_own)) from error
     if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # in place of Ray's, which also prints a stack
     return True
 
 
-def _no_connection(address: str, error: Exception, *, is_own: bool) -> str:
+def _no_connection(address: str, error: Exception, *, key: str, is_own: bool) -> str:
     remedy = (
         "Is the machine overloaded, or /tmp full? Run again."
         if is_own
-        else "Start it (ray start --head), or use cluster.address=local for a Ray of this run's own."
+        else f"Start it (ray start --head), or use {key}=local for a Ray of its own."
     )
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"cluster.address: {address!r}: no connection to Ray: {reason} {remedy}"
+    return f"{key}: {address!r}: no connection to Ray: {reason} {remedy}"
 
 
 def condense(error: Exception) -> str:

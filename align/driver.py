@@ -92,7 +92,8 @@ def run_pipeline(
     verify_allowed(allowed, config, steps)
     is_unattended = is_in_ray_job()
     run = run_folder(config)
-    again = " ".join([command, "--resume", *(f"--allow-change {shlex.quote(name)}" for name in allowed)])
+    only = [] if stage is None else [f"--stage {stage}"]
+    again = " ".join([command, *only, "--resume", *(f"--allow-change {shlex.quote(name)}" for name in allowed)])
     verify_current_folder()
     with occupied(run), _said_if_stopped(run, display, again), heard_signals():
         for step in steps:

@@ -65,7 +65,7 @@ class RewardFunctionError(AlignError):
 
 
 class InvariantError(AlignError):
-    """A run-time invariant does not hold (DESIGN, Contracts); holds the values seen."""
+    """A run-time invariant does not hold; holds the values seen."""
 
 
 class StoppedError(AlignError):

@@ -23,7 +23,7 @@ def map_on_cluster(
         PlacementError: there is no Ray.
         AlignError: what `function` raised; WorkerError if it is none of ours, or a node was lost.
     """
-    is_ours = connect(address)
+    is_ours = connect(address, key="--address")
     import ray
     from ray.data import DataContext
     from ray.exceptions import RayError, RayTaskError

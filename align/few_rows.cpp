@@ -5,17 +5,17 @@
 // by one tree, so what is said of a row of x depends neither on the rows beside it nor on the number of threads. Without
 // a weight, the low-rank part is added to the y there is.
 
-#include <immintrin.h>
 #include <omp.h>
 
 #include <algorithm>
 #include <cstdint>
 
+#include "lanes.hpp"
+
 #define UNROLL _Pragma("GCC unroll 16")
 
 namespace {
 
-using bfloat16 = uint16_t;
 using std::int64_t;
 
 constexpr int TILE = 4;   // rows of the weight
@@ -30,22 +30,11 @@ inline uint32_t first(int64_t count, int width) { return count < width ? (1u << 
 template <class Weight, class Input>
 struct Step;
 
-template <>
-struct Step<float, float> {
+template <class Input>
+struct Step<float, Input> {  // of bfloat16 inputs, too: A stays in float32
   static constexpr int WIDTH = 16;
-  static __m512 weight(const float* at, uint32_t mask) { return _mm512_maskz_loadu_ps(mask, at); }
-  static __m512 input(const float* at, uint32_t mask) { return _mm512_maskz_loadu_ps(mask, at); }
-  static __m512 add(__m512 sum, __m512 w, __m512 x) { return _mm512_fmadd_ps(w, x, sum); }
-};
-
-template <>
-struct Step<float, bfloat16> {  // A, which stays in float32, and x
-  static constexpr int WIDTH = 16;
-  static __m512 weight(const float* at, uint32_t mask) { return _mm512_maskz_loadu_ps(mask, at); }
-  static __m512 input(const bfloat16* at, uint32_t mask) {
-    __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, at));
-    return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-  }
+  static __m512 weight(const float* at, uint32_t mask) { return load(at, __mmask16(mask)); }
+  static __m512 input(const Input* at, uint32_t mask) { return load(at, __mmask16(mask)); }
   static __m512 add(__m512 sum, __m512 w, __m512 x) { return _mm512_fmadd_ps(w, x, sum); }
 };
 

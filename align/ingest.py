@@ -71,6 +71,8 @@ def as_columns(columns: str | None) -> tuple[tuple[str, str], ...]:
 
 def as_token_rule(tokenizer: str | None, max_length: int | None, system_prompt: str | None) -> TokenRule | None:
     if tokenizer is None and max_length is None:
+        if system_prompt is not None:
+            raise UsageError("--system-prompt is about tokens: give --tokenizer and --max-length, too")
         return None
     if tokenizer is None or max_length is None:
         raise UsageError("--tokenizer and --max-length go together: the one counts what the other limits")

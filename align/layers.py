@@ -34,11 +34,11 @@ class DecoderLayers:
 
     def __init__(self, trunk: nn.Module, *, is_compiled: bool) -> None:
         lists = [module for module in trunk.modules() if isinstance(module, nn.ModuleList)]
-        self._layers = list(max(lists, key=len))
+        self.layers = list(max(lists, key=len))
         self._trunk = trunk
         self._num_frozen = 0
         self._said: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._calls: list[_Call] = [layer._call_impl for layer in self._layers]  # pyright: ignore[reportPrivateUsage]
+        self._calls: list[_Call] = [layer._call_impl for layer in self.layers]  # pyright: ignore[reportPrivateUsage]
         self._is_compiled = is_compiled
         if is_compiled:
             torch._dynamo.config.recompile_limit = _MAX_GRAPHS  # pyright: ignore[reportPrivateUsage]
@@ -48,7 +48,7 @@ class DecoderLayers:
     def adapters_changed(self, adapted: Sequence[nn.Module]) -> None:
         """`adapted`: every module that carries an adapter now, in any layer."""
         carrying = {id(module) for module in adapted}
-        has_adapter = [any(id(module) in carrying for module in layer.modules()) for layer in self._layers]
+        has_adapter = [any(id(module) in carrying for module in layer.modules()) for layer in self.layers]
         self._num_frozen = has_adapter.index(True) if True in has_adapter else 0
         self._said.clear()
 
@@ -86,12 +86,12 @@ class DecoderLayers:
 
     @contextmanager
     def _called_as(self, forms: Sequence[_Call]) -> Generator[None]:
-        for layer, form in zip(self._layers, forms, strict=True):
+        for layer, form in zip(self.layers, forms, strict=True):
             layer._compiled_call_impl = form  # pyright: ignore[reportPrivateUsage]
         try:
             yield
         finally:
-            for layer in self._layers:
+            for layer in self.layers:
                 layer._compiled_call_impl = None  # pyright: ignore[reportPrivateUsage]
 
 

@@ -11,11 +11,12 @@ and nothing of the vocabulary's size is kept or computed twice.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 
 from align.errors import InvariantError
 from align.products import frozen_product
@@ -33,6 +34,17 @@ class LMHead:
     bias_V: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+
+    @staticmethod
+    def of(model: PreTrainedModel) -> "LMHead":
+        layer, config = cast(nn.Linear, model.get_output_embeddings()), model.config
+        scale = 1.0
+        if getattr(config, "logit_scale", None) is not None:  # Cohere
+            scale = config.logit_scale
+        if getattr(config, "logits_scaling", None) is not None:  # Granite
+            scale = 1 / config.logits_scaling
+        softcap = getattr(config, "final_logit_softcapping", None)  # Gemma
+        return LMHead(layer.weight, layer.bias, scale, softcap)
 
     def logits(self, hidden: Tensor, tile: slice = slice(None)) -> Tensor:
         """(..., V), or a tile of the vocabulary, in the dtype of the hidden states (..., H)."""

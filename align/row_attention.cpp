@@ -331,24 +331,22 @@ extern "C" int64_t backward_scratch(const int64_t* sizes, int num_threads) {
   return num_threads * backward_floats(sizes[1], sizes[4]) + sizes[0] * sizes[3] * 2 * sizes[1] * sizes[4];
 }
 
+#define INPUTS(T)                                                                                                     \
+  const T *query, const T *key, const T *value, const int64_t *query_strides, const int64_t *key_strides,             \
+      const int64_t *value_strides, const int64_t *sizes, const int64_t *token, const int64_t *lengths,               \
+      const int64_t *shared, const int64_t *first, float scale, int num_threads, float *scratch
+#define ATTENTION(T)                                                                                                  \
+  Attention<T> {                                                                                                      \
+    {sizes[0], sizes[1], token, lengths, shared, first}, sizes[2], sizes[3], sizes[4], scale, {query, query_strides}, \
+        {key, key_strides}, {value, value_strides}                                                                    \
+  }
 #define EXPORT(NAME, T)                                                                                               \
-  extern "C" void forward_##NAME(const T* query, const T* key, const T* value, const int64_t* query_strides,          \
-                                 const int64_t* key_strides, const int64_t* value_strides, const int64_t* sizes,      \
-                                 const int64_t* token, const int64_t* lengths, const int64_t* shared,                 \
-                                 const int64_t* first, float scale, int num_threads, float* scratch, T* out,          \
-                                 float* logs) {                                                                       \
-    Attention<T> attention{{sizes[0], sizes[1], token, lengths, shared, first}, sizes[2], sizes[3], sizes[4], scale,  \
-                           {query, query_strides}, {key, key_strides}, {value, value_strides}};                       \
-    forward<T>(attention, num_threads, scratch, out, logs);                                                           \
+  extern "C" void forward_##NAME(INPUTS(T), T* out, float* logs) {                                                    \
+    forward<T>(ATTENTION(T), num_threads, scratch, out, logs);                                                        \
   }                                                                                                                   \
-  extern "C" void backward_##NAME(const T* query, const T* key, const T* value, const int64_t* query_strides,         \
-                                  const int64_t* key_strides, const int64_t* value_strides, const int64_t* sizes,     \
-                                  const int64_t* token, const int64_t* lengths, const int64_t* shared,                \
-                                  const int64_t* first, float scale, int num_threads, float* scratch, const T* out,   \
-                                  const float* logs, const T* d_out, T* d_query, T* d_key, T* d_value) {              \
-    Attention<T> attention{{sizes[0], sizes[1], token, lengths, shared, first}, sizes[2], sizes[3], sizes[4], scale,  \
-                           {query, query_strides}, {key, key_strides}, {value, value_strides}};                       \
-    backward<T>(attention, num_threads, scratch, out, logs, d_out, d_query, d_key, d_value);                          \
+  extern "C" void backward_##NAME(INPUTS(T), const T* out, const float* logs, const T* d_out, T* d_query, T* d_key,   \
+                                  T* d_value) {                                                                       \
+    backward<T>(ATTENTION(T), num_threads, scratch, out, logs, d_out, d_query, d_key, d_value);                       \
   }
 
 EXPORT(float32, float)

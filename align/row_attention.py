@@ -122,9 +122,9 @@ def _run(
     packed: tuple[Tensor | None, ...],
     *results: Tensor,
 ) -> None:
-    states, threads = (query, key, value), torch.get_num_threads()
-    batch, num_heads, length, size = query.shape
+    states, (batch, num_heads, length, size) = (query, key, value), query.shape
     rows = (batch, length) if packed[0] is None else packed[0].shape
+    threads = max(1, min(torch.get_num_threads(), rows[0] * key.shape[1]))  # each has scratch of its own
     strides = [(ctypes.c_int64 * 3)(*tensor.stride()[:3]) for tensor in states]
     sizes = (ctypes.c_int64 * 5)(*rows, num_heads, key.shape[1], size)
     # by torch, so that too little memory is torch's own error

@@ -14,7 +14,7 @@ from typing import Any, cast, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from align.config import Config
+from align.config import Config, expand_user
 from align.errors import ConfigError
 
 _PATH_KEY = re.compile(
@@ -47,18 +47,16 @@ def dump(config: Config) -> str:
 
 
 def _parse(text: str, *, name: str) -> tuple[object, dict[str, int]]:
-    loader = yaml.SafeLoader(text)  # reads 1e-4 as a string, for want of a dot; pydantic makes it a number
     try:
+        loader = yaml.SafeLoader(text)  # reads 1e-4 as a string, for want of a dot; pydantic makes it a number
         node = loader.get_single_node()
         lines = dict(_lines(node, prefix="", name=name, above=()))
         return (loader.construct_document(node) if node is not None else None), lines
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: of what looks like a date and is none
         mark = getattr(error, "problem_mark", None)
         place = f"{name}:{mark.line + 1}" if mark is not None else name
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(f"{place}: not valid YAML: {reason}") from None
-    finally:
-        loader.dispose()
 
 
 def _lines(node: yaml.Node | None, *, prefix: str, name: str, above: tuple[int, ...]) -> Iterator[tuple[str, int]]:
@@ -128,7 +126,7 @@ def _absolute(value: object, *, key: str, folder: Path) -> object:
         return [_absolute(item, key=key, folder=folder) for item in cast("list[object]", value)]
     if not isinstance(value, str) or not _PATH_KEY.fullmatch(key):
         return value
-    path = os.path.abspath(folder / Path(value).expanduser())
+    path = os.path.abspath(folder / expand_user(Path(value)))
     if key.endswith(".model"):
         is_folder = value.startswith(("./", "../", "~", "/")) or value in (".", "..") or Path(path).is_dir()
         return path if is_folder and not value.startswith(_NAMED_BASES) else value
@@ -149,6 +147,8 @@ def _explain(item: Mapping[str, Any], places: Mapping[str, str], file: str) -> s
         return f"{place}: {dotted}: is empty; put its keys under it or remove the line"
     message = str(item["msg"]).removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
+    if item["type"] == "string_type" and not isinstance(item["input"], dict | list | type(None)):
+        message += f": YAML reads it as {type(item['input']).__name__}, put it in quotes"
     seen = "" if isinstance(item["input"], dict | BaseModel) else f"{item['input']!r}: "
     return f"{place}: {dotted}: {seen}{message}" if dotted else f"{place}: {message}"
 

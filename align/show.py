@@ -127,8 +127,9 @@ def summary_view(summary: Section) -> RenderableType:
     if sft or reward:
         parts.append(_stages_table(sft, reward))
     if evaluation:
-        parts.append(_comparison_table(evaluation))
-        parts.extend(_samples(cast(Sequence[Section], evaluation.get("samples") or ())))
+        before = "SFT" if sft else "reference"
+        parts.append(_comparison_table(evaluation, before))
+        parts.extend(_samples(cast(Sequence[Section], evaluation.get("samples") or ()), before))
     seconds = _section(summary, "seconds")
     spent = ", ".join(f"{name} {clock(_number(seconds, name))}" for name in seconds if name != "install_excluded_total")
     total = clock(_number(seconds, "install_excluded_total"))
@@ -163,34 +164,34 @@ def _stages_table(sft: Section, reward: Section) -> Table:
     return table
 
 
-def _comparison_table(evaluation: Section) -> Table:
+def _comparison_table(evaluation: Section, before: str) -> Table:
     table = Table(title="held-out prompts (95 % intervals)", title_justify="left")
-    for column in ("", "SFT", "PPO"):
+    for column in ("", before, "PPO"):
         table.add_column(column, justify="left" if not column else "right")
     rows = (
-        ("reward-model score", "score_sft", "score_ppo"),
+        ("score", "score_sft", "score_ppo"),
         ("gold score", "gold_sft", "gold_ppo"),
         ("gold gain", "", "gold_gain"),
         ("KL to the reference, nats a response", "", "kl"),
         ("response length, tokens", "length_sft", "length_ppo"),
         ("EOS rate", "eos_rate_sft", "eos_rate"),
-        ("win rate against SFT", "", "win_rate"),
-        ("base NLL per token, over SFT's", "", "nll_ratio"),
-        ("distinct bigrams, over SFT's", "", "distinct2_ratio"),
+        (f"win rate against {before}", "", "win_rate"),
+        (f"base NLL per token, over {before}'s", "", "nll_ratio"),
+        (f"distinct bigrams, over {before}'s", "", "distinct2_ratio"),
     )
-    for label, before, after in rows:
-        if after in evaluation:
-            table.add_row(label, _cell(evaluation, before), _cell(evaluation, after))
+    for label, first, second in rows:
+        if second in evaluation:
+            table.add_row(label, _cell(evaluation, first), _cell(evaluation, second))
     return table
 
 
-def _samples(samples: Sequence[Section]) -> list[RenderableType]:
+def _samples(samples: Sequence[Section], before: str) -> list[RenderableType]:
     views: list[RenderableType] = []
     for sample in samples[:3]:
         grid = Table.grid(padding=(0, 1))
         grid.add_column(style="bold", no_wrap=True)
         grid.add_column(overflow="fold")
-        for label, key in (("prompt", "prompt"), ("SFT", "sft"), ("PPO", "ppo")):
+        for label, key in (("prompt", "prompt"), (before, "sft"), ("PPO", "ppo")):
             grid.add_row(label, printable(str(sample.get(key, "")).strip()))
         views += ["", grid]
     return [*views, ""] if views else views

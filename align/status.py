@@ -42,19 +42,24 @@ def read_status(run: Path) -> Status | None:
 
 
 def read_state(run: Path, now: float) -> RunState:
-    """Raises UsageError if there is no run in this folder."""
+    """Raises UsageError if there is no run in this folder. Of one that has not come past its data, or was stopped by
+    it, there is no config yet, and so no steps to go."""
+    error = _read_end(run)
     try:
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         stages = [str(stage) for stage in config["run"]["stages"]]
     except (FileNotFoundError, NotADirectoryError):
+        if _is_locked(run):
+            return RunState("running", (), (), read_status(run), error)
+        if error is not None:
+            return RunState("stopped", (), (), read_status(run), error)
         raise UsageError(f"{run}: there is no run in this folder (no config.yaml); give RUN.ROOT/RUN.NAME") from None
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise UsageError(f"{run / 'config.yaml'} cannot be read as the config of a run: {error}") from None
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as wrong:
+        raise UsageError(f"{run / 'config.yaml'} cannot be read as the config of a run: {wrong}") from None
     steps = [*stages, *(["evaluation"] if "ppo" in stages else [])]
     finished = tuple(step for step in steps if (run / step / "result.json").exists())
     status = read_status(run)
     is_fresh = status is not None and now - status.updated < SILENT_AFTER_SECONDS
-    error = _read_end(run)
     if _is_locked(run):
         state = "running"
     elif len(finished) == len(steps):

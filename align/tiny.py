@@ -21,9 +21,20 @@ _CHATML = (
 
 def find_tiny(shape: str) -> Path:
     """The cached folder of a tiny model; built on the first call, the same bytes on every machine of one torch."""
+    verify_shape(shape)
+    folder = cache_folder() / f"tiny-{shape}-{_VERSION}"
+    try:
+        return built_once(folder, partial(build_tiny, shape))
+    except OSError as error:
+        raise ModelError(
+            f"base.model: cannot write tiny:{shape} to {folder}: {error}; set ALIGN_CACHE elsewhere"
+        ) from error
+
+
+def verify_shape(shape: str) -> None:
+    """ModelError if there is none of this name."""
     if shape not in SHAPES:
         raise ModelError(f"base.model: tiny:{shape} is not known; there are {', '.join('tiny:' + s for s in SHAPES)}")
-    return built_once(cache_folder() / f"tiny-{shape}-{_VERSION}", partial(build_tiny, shape))
 
 
 def build_tiny(shape: str, folder: Path, *, seed: int = 0) -> None:

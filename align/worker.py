@@ -56,16 +56,18 @@ class Outcome:
 
 
 class Worker:
-    """Args: import_root, the folder that holds the driver's `align`; run, the run's folder; cpus, for torch."""
+    """Args: import_root, the folder that holds the driver's `align`; run, the run's folder; cpus, for torch; gpus, that
+    Ray has given."""
 
     def __init__(
-        self, import_root: Path, run: Path, base: BaseModelConfig, adapters: AdaptersConfig, cpus: int
+        self, import_root: Path, run: Path, base: BaseModelConfig, adapters: AdaptersConfig, cpus: int, gpus: int
     ) -> None:
         self._import_root = import_root
         self._run = run
         self._base_config = base
         self._adapters_config = adapters
         self._cpus = cpus
+        self._gpus = gpus
         self._model: AdaptedModel | None = None
         self._checksum = ""
         self._shape: ModelShape | None = None
@@ -77,6 +79,8 @@ class Worker:
         write_messages(self._run, self._import_root)
         keep_stderr(self._run)
         _quiet_libraries()
+        if self._gpus == 0 and self._base_config.device != "cuda":  # Ray leaves them in sight, and others may hold them
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         import torch
 
         from align.adapters import AdaptedModel
@@ -125,7 +129,7 @@ class Worker:
             )
         seconds = time.perf_counter() - started + tracker.resumed_seconds
         dtype = str(model.base.dtype).removeprefix("torch.")
-        vitals = _vitals(seconds, dtype, self._imports_rss_bytes)
+        vitals = _vitals(seconds, dtype, self._imports_rss_bytes, is_on_gpu=model.device.type == "cuda")
         return Outcome(result, vitals, tracker.resumed_seconds, self._shape)
 
 
@@ -156,7 +160,7 @@ def _rss_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _vitals(seconds: float, base_dtype: str, imports_rss_bytes: int) -> "Vitals":
+def _vitals(seconds: float, base_dtype: str, imports_rss_bytes: int, *, is_on_gpu: bool) -> "Vitals":
     """Since the step before ended: then the peaks begin anew, and what it freed goes back to the system."""
     import torch
 
@@ -164,7 +168,7 @@ def _vitals(seconds: float, base_dtype: str, imports_rss_bytes: int) -> "Vitals"
     from align.handover import Vitals
 
     device_bytes = None
-    if torch.cuda.is_available():
+    if is_on_gpu:
         device_bytes = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
     vitals = Vitals(

@@ -70,6 +70,7 @@ def peek(source: SourceConfig, kind: RecordKind, rows: int = 20) -> Account | No
     """
     if source.path is None:
         return None
+    _verify_kind(source.path, kind)
     limit = rows if source.limit is None else min(rows, source.limit)
     return _parse(iterate_rows(source.path, limit=limit, split=source.split), kind, str(source.path))[2]
 
@@ -179,10 +180,18 @@ def _digest(source: SourceConfig, kind: RecordKind) -> str:
     assert source.path is not None
     if not is_dataset(source.path):
         return sha256_of_file(resolve_path(source.path))
-    made = cast(Mapping[str, object], read_json(source.path / DATASET))["kind"]
-    if made != kind:
-        raise DataError(f"{source.path} is a {made} data set, where a {kind} one is needed")
+    _verify_kind(source.path, kind)
     return f"{read_artifact(source.path).content_hash}, {source.split}"
+
+
+def _verify_kind(path: Path, kind: RecordKind) -> None:
+    """DataError if it is a data set of another kind."""
+    if not is_dataset(path):
+        return
+    content = read_json(path / DATASET)
+    made = cast(Mapping[str, object], content).get("kind") if isinstance(content, dict) else None
+    if made != kind:
+        raise DataError(f"{path} is a {made} data set, where a {kind} one is needed")
 
 
 def _rows_digest(rows: Iterable[LabelledRow]) -> str:

@@ -4,10 +4,11 @@ Unknown keys are refused and the nearest known one is named (`align.settings` lo
 paths resolve against the config file's own folder. Below a stage's entry, functions take values, not this tree.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from align.config.ppo import (  # isort: skip # one statement: `ppo`'s sections can be imported from here, too
     AdvantageConfig as AdvantageConfig,
@@ -31,9 +32,16 @@ from align.config.section import (  # isort: skip
 StageName = Literal["sft", "reward", "ppo"]
 
 
+def expand_user(path: Path) -> Path:
+    """With the home folder for ~; that of a user who is not known stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
 class RunConfig(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="folder of this run under root")
-    root: Path = Field(default=Path("runs"), description="relative: under the folder the command is run in")
+    root: Annotated[Path, AfterValidator(expand_user)] = Field(
+        default=Path("runs"), description="relative: under the folder the command is run in"
+    )
     seed: int = Field(default=0, ge=0, lt=2**31)
     stages: tuple[StageName, ...] = Field(default=("sft", "reward", "ppo"), min_length=1)
 

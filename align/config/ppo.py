@@ -20,6 +20,15 @@ class RolloutConfig(Section):
     max_response_length: int = Field(default=128, ge=1, description="tokens")
     batch_size: int = Field(default=32, ge=1, description="episodes generated side by side")
 
+    @model_validator(mode="after")
+    def _answers_can_end(self) -> "RolloutConfig":
+        if self.min_response_length > self.max_response_length:
+            raise ValueError(
+                f"min_response_length {self.min_response_length} is above max_response_length "
+                f"{self.max_response_length}: no answer could end"
+            )
+        return self
+
 
 class KLConfig(Section):
     coefficient: float = Field(default=0.05, ge=0, description="of the penalty; where the adaptive controller begins")

@@ -139,8 +139,11 @@ def compare(sft: Answers, ppo: Answers, *, samples: int, seed: int) -> dict[str,
     metrics["win_rate_judge"] = "gold" if sft.golds else "reward"
     if sft.golds:
         put("gold_gain", gain(sft.golds, ppo.golds))
-    metrics["nll_ratio"] = _per_token(ppo) / _per_token(sft)
-    metrics["distinct2_ratio"] = distinct_2(ppo.texts) / max(distinct_2(sft.texts), 1e-9)
+    for name, before, after in (
+        ("nll_ratio", _per_token(sft), _per_token(ppo)),
+        ("distinct2_ratio", distinct_2(sft.texts), distinct_2(ppo.texts)),
+    ):
+        metrics[name] = after / before if before > 0 else None  # answers of one word have no pairs
     metrics["num_answers"] = len(ppo.texts)
     return metrics
 
@@ -148,7 +151,7 @@ def compare(sft: Answers, ppo: Answers, *, samples: int, seed: int) -> dict[str,
 def _per_token(answers: Answers) -> float:
     """The raw base's NLL per token over all answers together."""
     total = sum(nll * length for nll, length in zip(answers.nlls, answers.lengths, strict=True))
-    return max(total / sum(answers.lengths), 1e-9)
+    return total / sum(answers.lengths)
 
 
 def distinct_2(texts: list[str]) -> float:

@@ -13,7 +13,7 @@ from align.plan.shape import ModelShape
 
 USABLE = 0.9  # of a device: the rest is left to the CUDA context and to the allocator's gaps
 # Below these a change is no advice
-_SMALLEST = {"max_length": 128, "max_prompt_length": 64, "max_response_length": 16, "rank": 4}
+_SMALLEST = {"max_length": 128, "max_prompt_length": 64, "max_response_length": 16, "ptx_max_length": 128, "rank": 4}
 _UNITS = " KMGT"
 Settings = Mapping[str, object]  # by section.key
 
@@ -96,6 +96,8 @@ def _keys(config: Config) -> list[str]:
     exact, critic, lengths = ([f"ppo.{name}" for name in names] if "ppo" in stages else [] for names in of_ppo)
     exact = [f"{stage}.{name}" for name in ("gradient_checkpointing", "micro_batch_size") for stage in trainers] + exact
     lengths = [f"{stage}.max_length" for stage in trainers] + lengths
+    if "ppo" in stages and config.ppo.loss.ptx_coefficient:
+        lengths.append("ppo.loss.ptx_max_length")
     return [*exact, "base.dtype", *critic, *lengths, "adapters.rank"]
 
 
@@ -108,6 +110,8 @@ def _values(config: Config, key: str) -> Iterator[object]:
         yield from [] if value == least[name] else [least[name]]
         return
     smallest = _SMALLEST.get(name, 1)
+    if name == "max_response_length":
+        smallest = max(smallest, config.ppo.rollout.min_response_length)
     while value > smallest:
         is_divisor = name == "micro_batch_size"  # half of an odd one would leave a rest
         value = 1 if is_divisor and value % 2 else max(value // 2, smallest)

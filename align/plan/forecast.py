@@ -36,7 +36,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    roles: tuple[Role, ...]  # of PPO
+    roles: tuple[Role, ...]  # of PPO, or of the last stage before
     phases: tuple[Phase, ...]
 
     @property
@@ -147,14 +147,20 @@ class _Sizes:
 
 
 def _roles(sizes: _Sizes) -> Iterator[Role]:
-    training = 1 + MOMENTS
+    training, stages = 1 + MOMENTS, sizes.config.run.stages
     yield Role("base, shared by all", sizes.base)
+    if stages == ("sft",):
+        yield Role("sft: an adapter", sizes.adapter, training * sizes.adapter)
+        return
     yield Role("reference: the sft adapter", sizes.adapter)
-    yield Role("policy: an adapter", sizes.adapter, training * sizes.adapter)
-    for number in range(sizes.members):
-        suffix = f" {number + 1}" if sizes.members > 1 else ""
-        yield Role(f"reward{suffix}: an adapter and a head", sizes.adapter + sizes.head)
-    if sizes.critic:
+    if "ppo" in stages:
+        yield Role("policy: an adapter", sizes.adapter, training * sizes.adapter)
+    members = sizes.members if "ppo" in stages else sizes.config.reward.ensemble
+    for number in range(members):
+        suffix, weights = f" {number + 1}" if members > 1 else "", sizes.adapter + sizes.head
+        is_trained = "ppo" not in stages and number == 0  # one at a time
+        yield Role(f"reward{suffix}: an adapter and a head", weights, training * weights if is_trained else 0)
+    if "ppo" in stages and sizes.critic:
         what = "an adapter and a head" if sizes.has_value_adapter else "a head on the policy's trunk"
         yield Role(f"value: {what}", sizes.critic, training * sizes.critic)
 

@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from align.base import find_device
 from align.config import Config
 from align.plan.fit import USABLE, Change, Device, changes, parse_size
 from align.plan.forecast import Plan, forecast
@@ -26,7 +27,8 @@ def print_plan(config: Config, *, gpus: int, gpu_memory: str | None, as_json: bo
     memory = None if gpu_memory is None else parse_size(gpu_memory)
     from align.plan.meta import read_shape  # torch, transformers and PEFT: after what can be wrong without them
 
-    on_gpu = config.base.device == "cuda" or memory is not None
+    asks_for_gpu = memory is not None or gpus > 1 or config.base.device == "cuda"
+    on_gpu = asks_for_gpu or find_device(config.base).type == "cuda"
     shape = read_shape(config.base, config.adapters, for_gpu=on_gpu)
     plan = forecast(config, shape, on_gpu=on_gpu, gpus=gpus)
     found: list[Change] = []
@@ -36,7 +38,8 @@ def print_plan(config: Config, *, gpus: int, gpu_memory: str | None, as_json: bo
     if as_json:
         print(json.dumps(_as_json(plan, found, fits=fits, memory=memory, gpus=gpus), indent=1))
     else:
-        print_view(Group(_roles(plan), _phases(plan), *_verdict(plan, found, memory=memory, gpus=gpus)))
+        device = "GPU" if on_gpu else "CPU"
+        print_view(Group(_roles(plan, device), _phases(plan), *_verdict(plan, found, memory=memory, gpus=gpus)))
     return fits
 
 
@@ -54,9 +57,9 @@ def _as_json(plan: Plan, found: list[Change], *, fits: bool, memory: int | None,
     }
 
 
-def _roles(plan: Plan) -> Table:
+def _roles(plan: Plan, device: str) -> Table:
     unit = _unit(plan)
-    table = _table(f"bytes by role, {unit}", "role", "weights", "gradients and moments")
+    table = _table(f"bytes by role on one {device}, {unit}", "role", "weights", "gradients and moments")
     for role in plan.roles:
         table.add_row(role.name, _size(role.weights, unit), _size(role.training, unit))
     over, training = plan.resident / plan.roles[0].weights, sum(role.training for role in plan.roles)
@@ -72,7 +75,8 @@ def _phases(plan: Plan) -> Table:
     table = _table(title, "stage", *kinds, "all", "TFLOP")
     for phase in plan.phases:
         cells = [_size(getattr(phase.bytes, kind), unit) for kind in kinds]
-        work = f"{phase.flops / 1e12:.3g}" if phase.flops else ""
+        tera = phase.flops / 1e12
+        work = (f"{tera:,.0f}" if tera >= 100 else f"{tera:.3g}") if tera else ""
         style = "bold" if phase.bytes.total == plan.peak() else None
         table.add_row(f"{phase.stage} {phase.name}".strip(), *cells, _size(phase.bytes.total, unit), work, style=style)
     return table

@@ -30,7 +30,7 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
         ConfigError, ModelError: a reward source cannot be made ready.
         DataError: too many prompts or texts do not fit, or none does.
         RewardFunctionError: a reward function failed.
-        InvariantError: a run-time invariant does not hold (see DESIGN).
+        InvariantError: a run-time invariant does not hold.
     """
     model, tracker = context.model, context.tracker
     parts = make_ready(config, inputs, context)
@@ -100,6 +100,8 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
         )
         seconds = _seconds([*clock, time.perf_counter()])
         tracker.log_timing(step, {**seconds, "seconds/checkpoint": checkpoints.seconds})  # of the update before
+        # Or they, and what the layers below all adapters said of them, would still be there in the next update
+        del rollout, shaped, advantages, returns, lesson
         reason = guard.reason_to_stop(metrics["objective/kl"])
         if reason is not None:
             break

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from align.artifacts import Artifact, write_directory
 from align.config import RewardConfig
-from align.context import RewardInputs, StageContext, StageResult, member_suffixes
+from align.context import RewardInputs, Sampling, StageContext, StageResult, member_suffixes
 from align.episodes import Episode
 from align.errors import DataError
 from align.generation import generate
 from align.heads import ScalarHead, ScoreStatistics, save_head
 from align.randomness import keyed_uniforms, stage_seed
 from data.records import Account, Comparison, Prompt, Verdict
-from data.tokenization import Codec, encode_comparisons, encode_prompts, encode_verdicts
+from data.tokenization import Codec, TokenizedPrompt, encode_comparisons, encode_prompts, encode_verdicts
 from stages.reward.evidence import Evidence
 from stages.reward.objective import ensemble_scores
 from stages.reward.pairs import Pairs
@@ -55,12 +55,14 @@ def run_reward(config: RewardConfig, inputs: RewardInputs, context: StageContext
     model, tracker = context.model, context.tracker
     codec = model.base.codec(context.system_prompt)
     evidence, account = tokenize(config, inputs, codec, context)
+    sampling = context.fitting_sampling(inputs.sampling)
+    prompts = statistics_prompts(inputs, codec, sampling)
     context.load_sft(inputs.sft)
     members = add_members(config, inputs, context)
     trained = Members(evidence, config, codec, context).train(members)
 
     tracker.progress(0, 2, "SFT answers")
-    answers = sample_answers(inputs, codec, context)
+    answers = sample_answers(prompts, sampling, codec, context)
     tracker.progress(1, 2, "scores")
     measured: list[Measured] = []
     for member, training in zip(members, trained, strict=True):
@@ -114,9 +116,8 @@ def add_members(config: RewardConfig, inputs: RewardInputs, context: StageContex
     return members
 
 
-def sample_answers(inputs: RewardInputs, codec: Codec, context: StageContext) -> list[Episode]:
-    """One SFT response to each held-out prompt, or to the first 128 that fit."""
-    model, sampling = context.model, context.fitting_sampling(inputs.sampling)
+def statistics_prompts(inputs: RewardInputs, codec: Codec, sampling: Sampling) -> list[TokenizedPrompt]:
+    """The held-out prompts, or the first 128 that fit. DataError if none does: told before hours of training."""
     distinct = {record.prompt: Prompt(record.prompt, record.source) for record in inputs.held_out}
     prompts, too_long = encode_prompts(codec, list(distinct.values()), max_prompt_length=sampling.max_prompt_length)
     if not prompts:
@@ -132,7 +133,15 @@ def sample_answers(inputs: RewardInputs, codec: Codec, context: StageContext) ->
             len(distinct),
             sampling.max_prompt_length,
         )
-    ids = [prompt.ids for prompt in prompts[:_STATISTICS_PROMPTS]]
+    return prompts[:_STATISTICS_PROMPTS]
+
+
+def sample_answers(
+    prompts: list[TokenizedPrompt], sampling: Sampling, codec: Codec, context: StageContext
+) -> list[Episode]:
+    """One SFT response to each prompt."""
+    model = context.model
+    ids = [prompt.ids for prompt in prompts]
     uniforms = keyed_uniforms(context.seed, "statistics", 0, list(range(len(ids))), sampling.max_response_length)
     with model.role(SFT):
         responses = generate(model, codec, ids, sampling=sampling, uniforms_BT=uniforms, on_step=context.stop_if_asked)

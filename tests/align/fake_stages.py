@@ -52,6 +52,11 @@ def failing_somehow(config: Any, inputs: Any, context: StageContext) -> StageRes
     raise LookupError("no such luck")
 
 
+def telling_what_gpus_it_sees(config: Any, inputs: Any, context: StageContext) -> StageResult:
+    result = fake_sft(config, inputs, context)
+    return replace(result, metrics={**result.metrics, "sees": os.environ.get("CUDA_VISIBLE_DEVICES")})
+
+
 def dying(config: Any, inputs: Any, context: StageContext) -> StageResult:
     os._exit(7)
 

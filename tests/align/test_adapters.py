@@ -288,6 +288,14 @@ def test_an_adapter_that_brings_weights_of_the_base_itself_is_refused(extra: dic
     assert model.base_checksum() == before
 
 
+@pytest.mark.parametrize("place", ["lm_head", "embed_tokens"])
+def test_an_adapter_outside_the_decoder_layers_is_refused(place: str, tmp_path: Path) -> None:
+    settings = LoraConfig(r=2, target_modules=["q_proj", place], task_type="CAUSAL_LM")
+    get_peft_model(resident("llama").base.model, settings).save_pretrained(str(tmp_path), save_embedding_layers=False)
+    with pytest.raises(ArtifactError, match=f"adapts .*{place}: only linear layers inside decoder layers"):
+        resident("llama").load("sft", tmp_path)
+
+
 # ---- settings that do not fit ----
 
 

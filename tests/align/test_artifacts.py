@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from align.artifacts import MANIFEST, Artifact, read_artifact, read_json, sha256_of_json, write_directory, write_json
-from align.errors import ArtifactError
+from align.errors import ArtifactError, StorageError
 
 BASE, OTHER_BASE = "a" * 64, "b" * 64
 
@@ -111,6 +111,12 @@ def test_json_is_written_sorted_and_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(path, {(1, 2): "a tuple is no key"})
     assert json.loads(path.read_text()) == {"a": [2], "b": 1}
+
+
+def test_a_file_below_a_file_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"cannot write .*file/x\.json"):
+        write_json(tmp_path / "file" / "x.json", {})
 
 
 def test_a_hash_of_json_does_not_depend_on_the_order_of_keys() -> None:

@@ -105,6 +105,12 @@ def test_a_tiny_model_is_built_once_and_the_same_bytes_each_time(
     find_tiny("qwen2")
 
 
+def test_a_tiny_model_that_cannot_be_written_says_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "file"))
+    assert "set ALIGN_CACHE elsewhere" in refused(BaseModelConfig(model="tiny:llama"))
+
+
 def test_an_unknown_tiny_shape_is_refused_naming_those_there_are() -> None:
     assert "tiny:llama, tiny:gpt2, tiny:qwen2" in refused(BaseModelConfig(model="tiny:mamba"))
 

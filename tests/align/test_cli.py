@@ -65,6 +65,15 @@ def test_check_finds_everything_that_is_wrong_at_once(recipe: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("model", "said"), [("tiny:mamba", "tiny:llama, tiny:gpt2"), ("gpt2", "nor a hub id"), ("embeded", "nor a hub id")]
+)
+def test_check_refuses_a_base_that_a_run_would(recipe: Path, model: str, said: str) -> None:
+    finished = align("check", recipe, f"base.model={model}")
+    assert finished.returncode == 2
+    assert said in finished.stderr
+
+
+@pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["run", "CONFIG", "sft.epoch=1"], "did you mean sft.epochs?"),
@@ -75,6 +84,8 @@ def test_check_finds_everything_that_is_wrong_at_once(recipe: Path) -> None:
         (["run", "CONFIG", "--stage", "dpo"], "dpo"),
         (["run", "CONFIG", "base.model=./nowhere"], "nowhere"),
         (["status", "nowhere"], "there is no run in this folder"),
+        (["ingest", "x.jsonl", "--to", "set", "--system-prompt", "S"], "give --tokenizer and --max-length, too"),
+        (["ingest", "x.jsonl", "--to", "set", "--address", "auto"], "give --engine ray, too"),
     ],
 )
 def test_a_wrong_call_is_one_message_and_exit_code_2(

@@ -14,6 +14,7 @@ from align.config import KLConfig, PPOConfig, RewardsConfig
         ({"kl": {"estimator": "k3"}}, "k3 in the reward"),
         ({"advantage": {"estimator": "rloo"}}, "rloo compares a prompt's responses"),
         ({"rollout": {"responses_per_prompt": 3}}, "episodes 64 is not a multiple of responses_per_prompt 3"),
+        ({"rollout": {"min_response_length": 9, "max_response_length": 8}}, "min_response_length 9 is above"),
         ({"guard": {"patience": 2}}, "give every, too"),
         ({"guard": {"max_kl": 9.0}}, "give every, too"),
         ({"rewards": {"sources": []}}, "at least 1 item"),

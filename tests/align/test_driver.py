@@ -33,7 +33,7 @@ from align.errors import (
 )
 from align.randomness import stage_seed
 from align.status import Status, read_state
-from align.worker import StageFunction
+from align.worker import StageFunction, _vitals  # pyright: ignore[reportPrivateUsage]
 from tests.align import fake_stages
 from tests.align.recipe import write_recipe, write_rows
 from tests.shell import hear_interrupts
@@ -256,7 +256,7 @@ def test_any_other_error_is_told_with_its_type_and_where_its_traceback_is(folder
 
 
 def test_the_death_of_the_worker_is_told_with_its_cause_and_how_to_go_on(folder: Path, ray_cluster: None) -> None:
-    with pytest.raises(WorkerError, match=rf"the worker died \(sft\): .*exit.*{COMMAND} --resume"):
+    with pytest.raises(WorkerError, match=rf"the worker died \(sft\): .*exit.*{COMMAND} --stage sft --resume"):
         run(folder, "cluster.max_failures=0", stage="sft", change={"sft": fake_stages.dying})
 
 
@@ -297,7 +297,7 @@ def test_memory_that_does_not_suffice_for_one_row_ends_the_run_with_what_to_chan
 
 def test_a_worker_that_dies_again_and_again_ends_the_run(folder: Path, ray_cluster: None) -> None:
     seen = Recorder()
-    with pytest.raises(WorkerDiedError, match=rf"the worker died \(sft\): .*{COMMAND} --resume"):
+    with pytest.raises(WorkerDiedError, match=rf"the worker died \(sft\): .*{COMMAND} --stage sft --resume"):
         run(
             folder,
             "cluster.max_failures=1",
@@ -436,6 +436,15 @@ def test_the_way_to_go_on_names_the_changes_that_were_allowed(folder: Path, ray_
             allowed=["ppo.updates"],
             change={"ppo": fake_stages.failing_somehow},
         )
+
+
+def test_a_worker_without_a_gpu_of_its_own_sees_none(
+    folder: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    summary = run(folder, "cluster.gpus=0", stage="sft", change={"sft": fake_stages.telling_what_gpus_it_sees})
+    assert summary["sft"]["sees"] == ""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # what others have says nothing of this run's memory
+    assert _vitals(1.0, "float32", 0, is_on_gpu=False).peak_device_memory_bytes is None
 
 
 def test_what_ray_cannot_place_is_said(folder: Path, ray_cluster: None) -> None:

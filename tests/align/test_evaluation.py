@@ -80,6 +80,11 @@ def test_without_gold_the_reward_model_judges_and_says_so() -> None:
     assert not any(name.startswith("gold") for name in found)
 
 
+def test_a_ratio_to_nothing_is_none() -> None:
+    found = compare(replace(SFT, texts=["a", "b", "c", "d"], nlls=[0.0] * 4), PPO, samples=2, seed=0)
+    assert (found["distinct2_ratio"], found["nll_ratio"]) == (None, None)
+
+
 def test_a_side_against_itself_wins_half_and_gains_nothing() -> None:
     found = compare(SFT, SFT, samples=2, seed=0)
     assert (found["win_rate"], found["gold_gain"], found["nll_ratio"], found["distinct2_ratio"]) == (0.5, 0, 1, 1)

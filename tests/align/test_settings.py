@@ -91,6 +91,12 @@ def test_a_key_that_stands_twice_is_refused(recipe: Path) -> None:
         ("run:\n", "run: is empty; put its keys under it or remove the line"),
         ("data: {}\n", "run: is missing"),
         ("1: 2\n", "1: unknown key"),
+        ("run: {name: a\x07}\n", "not valid YAML: unacceptable character"),
+        ("run: {name: 2024-02-30}\n", "not valid YAML: day"),
+        (
+            "run: {name: 2024}\n",
+            "run.name: 2024: input should be a valid string: YAML reads it as int, put it in quotes",
+        ),
     ],
 )
 def test_a_file_that_is_no_config_is_one_message(tmp_path: Path, text: str, expected: str) -> None:
@@ -133,6 +139,17 @@ def test_a_base_is_a_folder_only_if_it_is_one_or_looks_like_one(recipe: Path, in
     assert base("./missing") == str(in_folder / "missing")
     assert base("owner/name") == "owner/name"
     assert base("embedded") == "embedded"
+
+
+@pytest.mark.parametrize("override", ["run.root=~/runs", "sft.adapter=~/runs"])
+def test_the_home_folder_may_be_written_as_the_shell_has_it(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, override: str
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = settings.load(recipe, [override])
+    assert tmp_path / "runs" in (config.run.root, config.sft.adapter)
+    unknown = settings.load(recipe, [override.replace("~", "~no-such-user")])
+    assert any("~no-such-user" in str(path) for path in (unknown.run.root, unknown.sft.adapter))
 
 
 def test_a_sample_of_ours_is_no_path(recipe: Path) -> None:

@@ -56,8 +56,15 @@ def test_what_a_model_wrote_cannot_steer_the_terminal() -> None:
 def test_the_table_of_a_task_without_gold_has_no_gold() -> None:
     evaluation = {"score_sft": 0.0, "score_ppo": 1.0}
     text = rendered(summary_view({**SUMMARY, "eval": evaluation}))
-    assert "reward-model score" in text
+    assert " score " in text
     assert "gold" not in text
+
+
+def test_what_the_policy_is_held_against_is_called_sft_only_where_there_was_sft() -> None:
+    assert "win rate against SFT" in rendered(summary_view(SUMMARY))
+    without = rendered(summary_view({key: value for key, value in SUMMARY.items() if key != "sft"}))
+    assert "win rate against reference" in without
+    assert "SFT" not in without
 
 
 @pytest.mark.parametrize("missing", ["sft", "reward", "eval", "seconds", "peak_rss_bytes"])

@@ -33,6 +33,20 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         read_state(tmp_path / "none", NOW)
 
 
+def test_a_run_that_has_not_come_past_its_data_is_there_all_the_same(tmp_path: Path) -> None:
+    with occupied(tmp_path):
+        assert read_state(tmp_path, NOW).state == "running"
+        write_end(tmp_path, "prompts.jsonl is empty")
+    state = read_state(tmp_path, NOW)
+    assert (state.state, state.error) == ("stopped", "prompts.jsonl is empty")
+
+
+def test_a_config_that_is_no_text_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_bytes(b"\xff\xfe")
+    with pytest.raises(UsageError, match="cannot be read as the config of a run"):
+        read_state(tmp_path, NOW)
+
+
 def test_a_run_is_stopped_once_it_is_silent_for_a_minute(tmp_path: Path) -> None:
     leave_run(tmp_path)
     assert read_state(tmp_path, NOW + 59).state == "running"

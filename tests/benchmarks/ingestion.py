@@ -22,7 +22,6 @@ from rich.table import Table
 from tests.benchmarks import hh_shaped
 from tests.benchmarks.hh_shaped import Planted
 from tests.benchmarks.keep import keep
-from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.process_tree import Measured, measure
 
 REPEATS = 2
@@ -132,7 +131,6 @@ def run(root: Path) -> int:
     }
     _print(timings, bars, notes)
     result = {
-        "machine": describe_machine(),
         "planted": asdict(planted),
         "timings": [asdict(timing) for timing in timings.values()],
         "notes": notes,

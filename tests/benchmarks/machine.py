@@ -8,11 +8,19 @@ from pathlib import Path
 _SIZE = 2048
 _COPIED = 2**28  # bytes: more than a cache holds
 _REPEATS = 5
+_EXTENSIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 
 
 def describe_machine() -> dict[str, object]:
-    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {"cpu": models[0].split(":")[1].strip(), "cores": os.cpu_count(), "python": platform.python_version()}
+    """With what tells apart machines of one name, some of which hide what their processor can do."""
+    lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    of_first = {key.strip(): value.strip() for key, _, value in reversed(lines)}
+    return {
+        "cpu": of_first.get("model name", platform.machine()),
+        "extensions": [name for name in _EXTENSIONS if name in of_first.get("flags", "").split()],
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+    }
 
 
 def best_matrix_rate(dtype: str) -> float:

@@ -1,13 +1,13 @@
-"""One copy of the base against two, three and four of it, SmolLM2-135M's shape, float32: bytes of the models.
+"""One copy of the base against two, three and four of it, SmolLM2-135M's shape: bytes of the models.
 
 The same PPO (the stage function itself, one update of 8 episodes of ppo-update's task, one epoch) with all roles on
 one copy of the base; then with the critic, the reward model and the reference in turn on a copy of their own. Each in
 a process of its own. What a layout holds is counted when the update ends (`memory_layout`): every tensor that is alive
 then, less the optimizer's state.
 
-Bars, for the one copy with the critic as a head and with an adapter of its own: it holds at most base + adapters +
-heads, computed from the shape alone, + 2 %; and what the process has grown by since its imports, beyond all tensors
-that were counted, is less than half of the base, so that no copy hides from the count.
+Bars, for the one copy with the critic as a head, in float32 and bfloat16, and with an adapter of its own: it holds at
+most base + adapters + heads, computed from the shape alone, + 2 %; and what the process has grown by since its imports,
+beyond all tensors that were counted, is less than half of the base, so that no copy hides from the count.
 """
 
 import json
@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks.keep import keep
-from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.memory_layout import Report, read_report
 from tests.benchmarks.peer.installation import finish, start
 from tests.benchmarks.ppo_update_task import Job, Shape, Task
@@ -34,17 +33,22 @@ TASK = Task(updates=1, episodes=8, epochs=1)
 CORES = os.cpu_count() or 1
 SPARE = 1.02  # of what must be held
 HIDDEN = 0.5  # of the base
-ITEMSIZE = 4
+ITEMSIZE = 4  # of adapters and heads, whatever the base's dtype
 
 
 @dataclass(frozen=True)
 class Layout:
     critic: str  # head or adapter
     copies: int
+    dtype: str = "float32"  # of the base
 
     @property
     def title(self) -> str:
-        return f"{self.copies}, critic: {self.critic}"
+        return f"{self.copies}, critic: {self.critic}, {self.dtype}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.critic}-{self.copies}-{self.dtype}"
 
     @property
     def adapters(self) -> int:
@@ -52,20 +56,21 @@ class Layout:
         return 3 if self.critic == "head" else 4
 
 
-LAYOUTS = (Layout("head", 1), *(Layout("adapter", copies) for copies in (1, 2, 3, 4)))
+LAYOUTS = (Layout("head", 1, "bfloat16"), Layout("head", 1), *(Layout("adapter", copies) for copies in (1, 2, 3, 4)))
 
 
-def base_bytes(shape: Shape) -> int:
+def base_bytes(shape: Shape, dtype: str = "float32") -> int:
     counted = Counted.of(shape, rank=0)
     norms = (2 * shape.layers + 1) * shape.width
-    return ITEMSIZE * (counted.weights + counted.head + norms)  # the head is tied to the embeddings
+    # the head is tied to the embeddings
+    return getattr(torch, dtype).itemsize * (counted.weights + counted.head + norms)
 
 
 def needed_bytes(layout: Layout, shape: Shape, task: Task) -> int:
     """Base + adapters + the heads of reward model and critic."""
     adapter = Counted.of(shape, task.rank).lora
     head = shape.width + 1
-    return layout.copies * base_bytes(shape) + ITEMSIZE * (layout.adapters * adapter + 2 * head)
+    return layout.copies * base_bytes(shape, layout.dtype) + ITEMSIZE * (layout.adapters * adapter + 2 * head)
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,6 @@ def run(root: Path) -> int:
     if wrong:
         raise RuntimeError(f"these layouts do not hold as many copies as they say: {', '.join(wrong)}")
     result = {
-        "machine": describe_machine(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "shape": asdict(Shape()),
         "task": asdict(TASK),
@@ -128,12 +132,12 @@ def run(root: Path) -> int:
 
 def measure(layout: Layout, folder: Path, prepared: Path, shape: Shape, task: Task) -> Measured:
     print(f"copies of the base: {layout.title} ...", file=sys.stderr, flush=True)
-    own = folder / f"{layout.critic}-{layout.copies}"
+    own = folder / layout.name
     own.mkdir(parents=True)
     (own / "copies.json").write_text(json.dumps(layout.copies), encoding="utf-8")
-    job = asdict(Job(layout.critic, "float32", str(prepared), task))
+    job = asdict(Job(layout.critic, layout.dtype, str(prepared), task))
     finish(start("tests.benchmarks.memory_layout", job, own, threads=CORES), own)
-    return Measured(layout, read_report(own), base_bytes(shape), needed_bytes(layout, shape, task))
+    return Measured(layout, read_report(own), base_bytes(shape, layout.dtype), needed_bytes(layout, shape, task))
 
 
 def _kept(own: Measured) -> dict[str, object]:

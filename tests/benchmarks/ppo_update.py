@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks.keep import keep
-from tests.benchmarks.machine import best_matrix_rate, describe_machine
+from tests.benchmarks.machine import best_matrix_rate
 from tests.benchmarks.peer.installation import VERSION, finish, install_peer, start
 from tests.benchmarks.ppo_update_bars import TITLES, Measured, Variant, Verdict, dtypes_to_measure, judge
 from tests.benchmarks.ppo_update_task import Job, Report, Shape, Task, read_report
@@ -50,7 +50,6 @@ def run(root: Path) -> int:
     _print_measured(measured, rates)
     _print_verdicts(verdicts)
     result = {
-        "machine": describe_machine(),
         "versions": {"trl": VERSION, "torch": torch.__version__, "transformers": transformers.__version__},
         "matrix_rates": rates,
         "shape": asdict(Shape()),

@@ -11,7 +11,6 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks.keep import keep
-from tests.benchmarks.machine import describe_machine
 
 SEEDS = (0, 1, 2)
 Summary = dict[str, dict[str, float]]
@@ -80,6 +79,6 @@ def run(root: Path) -> int:
         rows[title] = {"name": name, "seeds": values, "mean": fmean(values), "held": held}
         table.add_row(title, *(f"{v:.3f}" for v in values), f"{fmean(values):.3f}", "yes" if held else "NO")
     Console().print(table)
-    result = {"machine": describe_machine(), "rows": rows, "summaries": summaries}
+    result = {"rows": rows, "summaries": summaries}
     keep("quickstart", result)
     return 1 if missed else 0

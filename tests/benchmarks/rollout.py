@@ -32,7 +32,7 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from tests.benchmarks.keep import keep
-from tests.benchmarks.machine import best_matrix_rate, describe_machine
+from tests.benchmarks.machine import best_matrix_rate
 from tests.benchmarks.ppo_update_bars import Verdict, dtypes_to_measure
 from tests.benchmarks.ppo_update_prepare import prepare
 from tests.benchmarks.ppo_update_task import BASE, PROMPTS, SFT, Shape, Task
@@ -74,7 +74,6 @@ def run(root: Path) -> int:
     _print(runs, rates)
     _print_verdicts(verdicts, agreements)
     result = {
-        "machine": describe_machine(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "matrix_rates": rates,
         "shape": asdict(Shape()),

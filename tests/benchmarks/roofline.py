@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks.keep import keep
-from tests.benchmarks.machine import best_matrix_rate, best_memory_bandwidth, describe_machine
+from tests.benchmarks.machine import best_matrix_rate, best_memory_bandwidth
 from tests.benchmarks.peer.installation import finish, start
 from tests.benchmarks.ppo_update_task import Shape, Task
 from tests.benchmarks.roofline_phases import LEARN, Phase, load_roles, phases
@@ -110,7 +110,6 @@ def run(root: Path) -> int:
     verdicts = judge(measured)
     _print(measured, verdicts, first_passes)
     result = {
-        "machine": describe_machine(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "threads": CORES,
         "shape": asdict(Shape()),

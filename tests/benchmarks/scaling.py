@@ -24,7 +24,6 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.benchmarks.keep import keep
-from tests.benchmarks.machine import describe_machine
 from tests.benchmarks.peer.installation import finish, start
 from tests.benchmarks.ppo_update_prepare import prepare
 from tests.benchmarks.ppo_update_task import Job, Report, Shape, Task, read_report
@@ -95,7 +94,6 @@ def run(root: Path) -> int:
     grown = ", ".join(f"{factor:.2f}" for factor in factors)
     print(f"growth in episodes, over linear: {grown} (at most {TOLERANCE}): {'held' if is_linear else 'NOT held'}")
     result = {
-        "machine": describe_machine(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "shape": asdict(SHAPE),
         "task": asdict(TASK),

@@ -25,6 +25,7 @@ def test_needed_bytes_follow_from_the_shape() -> None:
     task = replace(TASK, rank=1)
     assert needed_bytes(Layout("head", 1), TINY, task) == 4 * (428 + 3 * 174 + 2 * 5)
     assert needed_bytes(Layout("adapter", 3), TINY, task) == 4 * (3 * 428 + 4 * 174 + 2 * 5)
+    assert needed_bytes(Layout("head", 1, "bfloat16"), TINY, task) == 2 * 428 + 4 * (3 * 174 + 2 * 5)
 
 
 def measured(held: int, resident: int = 0) -> Measured:

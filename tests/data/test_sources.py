@@ -12,6 +12,7 @@ from align.config import SourceConfig
 from align.errors import DataError
 from data.records import Account, Prompt, Reject
 from data.sources import iterate_rows, peek, read_records, resolve_path
+from tests.data.ingestion.datasets import pair, write_dataset
 
 ROWS = [{"prompt": f"Question {n}?"} for n in range(1, 6)]
 
@@ -163,6 +164,9 @@ def test_peek_reads_the_first_rows_only_and_leaves_hub_sources_alone(tmp_path: P
     assert peek(source(path), "prompt", rows=2) == Account(2, 1, (("empty prompt", 1),))
     assert peek(source(path, limit=1), "prompt") == Account(1, 1, ())
     assert peek(hub("nobody/nothing"), "prompt") is None
+    made = write_dataset(tmp_path / "pairs", "comparison", train=[pair("Yes", "No")])
+    with pytest.raises(DataError, match="is a comparison data set, where a prompt one is needed"):
+        peek(source(made), "prompt")
 
 
 @pytest.fixture

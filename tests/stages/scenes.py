@@ -91,9 +91,10 @@ def ppo_inputs(
     *,
     statistics: ScoreStatistics | None = STATISTICS,
     sft: bool = True,
+    layers: object = "all",
 ) -> PPOInputs:
     """Artifacts as SFT and reward training would leave them, with random weights, and ten prompts."""
-    made = with_adapters(shape, "sft", "reward")
+    made = with_adapters(shape, "sft", "reward", layers=layers)
 
     def write(stage: str, kind: str, fill: object) -> Artifact:
         path = root / "made" / stage / kind

@@ -50,6 +50,8 @@ def test_several_gpus_are_said_to_be_to_come(tmp_path: Path) -> None:
     finished = align("plan", write_recipe(tmp_path), "--gpus", "4")
     assert finished.returncode == 0, finished.stderr
     assert "align runs one worker" in finished.stdout
+    assert "on one GPU" in finished.stdout
+    assert "load" not in finished.stdout  # a phase of a CPU alone
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,21 @@ def test_one_change_that_is_enough_comes_with_its_forecast() -> None:
     assert all(len(change.settings) == 1 for change in found)
 
 
+def test_long_texts_beside_ppo_may_be_what_is_to_be_shorter() -> None:
+    loss = {"minibatches": 8, "micro_batch_size": 2, "ptx_coefficient": 1.0, "ptx_max_length": 512}
+    data = {"ppo": {"train": "rows.jsonl"}, "ptx": "rows.jsonl"}
+    of = config(stages=("ppo",), data=data, reward={"adapter": "adapter"}, ppo={"loss": loss})
+    keys = {setting.partition("=")[0] for change in changes(of, device(of, 0.6)) for setting in change.settings}
+    assert "ppo.loss.ptx_max_length" in keys
+
+
+def test_no_answer_is_advised_to_be_shorter_than_it_must_be() -> None:
+    lengths = {"min_response_length": 100, "max_response_length": 128}
+    of = config(stages=("ppo",), reward={"adapter": "adapter"}, ppo={"rollout": {"episodes": 16, **lengths}})
+    found = [setting for change in changes(of, device(of, 0.01)) for setting in change.settings]
+    assert "ppo.rollout.max_response_length=100" in found
+
+
 def test_only_what_lowers_the_peak_is_advised() -> None:
     of = config(stages=("sft",), sft={"max_length": 512, "gradient_checkpointing": True})
     before = forecast(of, SMALL, on_gpu=True).peak()

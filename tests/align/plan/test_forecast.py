@@ -74,6 +74,18 @@ def test_roles_add_up_to_what_is_resident() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("stages", "names"),
+    [(("sft",), ["base", "sft"]), (("sft", "reward"), ["base", "reference", "reward 1", "reward 2"])],
+)
+def test_without_ppo_the_roles_are_those_of_the_last_stage(stages: tuple[str, ...], names: list[str]) -> None:
+    plan = forecast(config(stages=stages, reward={"ensemble": 2}), SMALL, on_gpu=True)
+    last = next(each.bytes for each in reversed(plan.phases) if each.name == "train")
+    assert [role.name.split(":")[0].split(",")[0] for role in plan.roles] == names
+    assert plan.resident == last.weights + last.adapters
+    assert sum(role.training for role in plan.roles) == last.gradients + last.optimizer
+
+
 def test_the_cache_is_of_the_slots_and_twice_the_responses_if_slots_are_refilled() -> None:
     refilled = memory.cache_bytes(SMALL, slots=8, columns=1 + 6 + 2 * 4, dtype_bytes=2)
     assert phase(config(), "ppo", "generate").bytes.cache == refilled

@@ -140,6 +140,20 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Pa
     assert one["adapter/adapter_model.safetensors"] != other["adapter/adapter_model.safetensors"]
 
 
+def test_nothing_of_an_update_is_left_when_the_next_one_generates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, kept = resident(layers=1), list[int]()
+
+    def note() -> None:
+        kept.append(len(model._decoder._said))  # pyright: ignore[reportPrivateUsage]
+
+    before_call(monkeypatch, "generate_episodes", note, call=1, owner=stages.ppo.train)
+    before_call(monkeypatch, "learn", note, call=1)
+    run(tmp_path, ppo_config(), model=model, inputs=ppo_inputs(tmp_path, layers=1))
+    assert kept == [0, 4]  # and four micro-batches while it learns
+
+
 def test_how_many_episodes_are_generated_side_by_side_does_not_change_the_result(tmp_path: Path) -> None:
     lines: list[list[dict[str, float]]] = []
     for size in (1, 8):

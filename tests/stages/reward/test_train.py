@@ -226,7 +226,7 @@ def test_a_brought_adapter_is_where_training_starts(tmp_path: Path) -> None:
 
 
 def test_prompts_too_long_to_be_answered_are_told_and_none_that_fits_is_an_error(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pairs = comparisons(6, start=7)  # q7 to q12: two lengths
     lengths = sorted({len(encode_prompt(resident("llama").base.codec(None), p.prompt)) for p in pairs})
@@ -235,5 +235,6 @@ def test_prompts_too_long_to_be_answered_are_told_and_none_that_fits_is_an_error
     assert "held-out prompts, which are over ppo.rollout.max_prompt_length" in caplog.text
     assert 0 < result.metrics["score_responses"] < 6  # type: ignore[operator]
     none = replace(SAMPLING, max_prompt_length=1)
+    monkeypatch.setattr("stages.reward.train.Members", lambda *_: pytest.fail("it was told only after training"))
     with pytest.raises(DataError, match="none of the 6 held-out prompts fits"):
         run(resident("llama"), tmp_path, inputs=RewardInputs(None, comparisons(8), pairs, none))
