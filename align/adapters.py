@@ -48,7 +48,7 @@ class AdaptedModel:
         self._role: tuple[str, bool] = (RAW_BASE, False)
         self._decoder = DecoderLayers(self.trunk, is_compiled=False)
         self.packings = Packings()  # of what plain layers take
-        self.compiled_packings = Packings()
+        self.compiled_packings = Packings(stay_packed=True)
         self._list_parameters()
         _verify_trunk_and_head(self)  # against the model's own forward, so not compiled
         if has_own_attention(base.model):

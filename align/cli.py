@@ -269,7 +269,7 @@ def ingest(
         from data.ingestion.find import IngestRequest
 
         if engine == "local" and address != "local":
-            raise UsageError(f"--address {address} is of a Ray cluster: give --engine ray, too")
+            raise UsageError(f"--address {address} names a Ray cluster: give --engine ray, too")
         fraction, held_out_sources = as_held_out(held_out or ())
         asked = IngestRequest(
             sources=tuple(sources),

@@ -56,7 +56,7 @@ def _no_connection(address: str, error: Exception, *, key: str, is_own: bool) ->
     remedy = (
         "Is the machine overloaded, or /tmp full? Run again."
         if is_own
-        else f"Start it (ray start --head), or use {key}=local for a Ray of its own."
+        else f"Start it (ray start --head), or use {key}=local for a Ray of this command's own."
     )
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return f"{key}: {address!r}: no connection to Ray: {reason} {remedy}"

@@ -121,12 +121,13 @@ class _Unpack(torch.autograd.Function):
 
 
 class Packings:
-    """How batches stand packed, found out once for each as long as its ids live."""
+    """How batches stand packed, found out once for each and kept as long as its ids live, which must stay as they are
+    and have one mask."""
 
     def __init__(self, longest: float = 0, *, stay_packed: bool = False) -> None:
         self.longest = longest  # tokens of a row (`longest_packed`)
         self._stay_packed = stay_packed
-        self._found = WeakIdKeyDictionary()
+        self._found: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def of(self, ids_BL: Tensor, is_token_BL: Tensor | None) -> PackedRows | None:
         """`PackedRows.of`; None, too, of rows longer than may be packed. `is_token_BL`: None if there is no padding."""

@@ -148,7 +148,9 @@ def _explain(item: Mapping[str, Any], places: Mapping[str, str], file: str) -> s
     message = str(item["msg"]).removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if item["type"] == "string_type" and not isinstance(item["input"], dict | list | type(None)):
-        message += f": YAML reads it as {type(item['input']).__name__}, put it in quotes"
+        quoted = f'"{item["input"]}"'
+        wanted = f"'{dotted}={quoted}'" if place.startswith("override") else quoted
+        message += f"; YAML reads it as {type(item['input']).__name__}, so write it in quotes: {wanted}"
     seen = "" if isinstance(item["input"], dict | BaseModel) else f"{item['input']!r}: "
     return f"{place}: {dotted}: {seen}{message}" if dotted else f"{place}: {message}"
 

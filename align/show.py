@@ -127,7 +127,7 @@ def summary_view(summary: Section) -> RenderableType:
     if sft or reward:
         parts.append(_stages_table(sft, reward))
     if evaluation:
-        before = "SFT" if sft else "reference"
+        before = "SFT" if sft else "the reference"
         parts.append(_comparison_table(evaluation, before))
         parts.extend(_samples(cast(Sequence[Section], evaluation.get("samples") or ()), before))
     seconds = _section(summary, "seconds")

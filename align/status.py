@@ -42,8 +42,8 @@ def read_status(run: Path) -> Status | None:
 
 
 def read_state(run: Path, now: float) -> RunState:
-    """Raises UsageError if there is no run in this folder. Of one that has not come past its data, or was stopped by
-    it, there is no config yet, and so no steps to go."""
+    """Raises UsageError if there is no run in this folder. A run that has not got past reading its data, or stopped
+    there, has no config yet, and so no steps to go."""
     error = _read_end(run)
     try:
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))

@@ -56,8 +56,8 @@ class Outcome:
 
 
 class Worker:
-    """Args: import_root, the folder that holds the driver's `align`; run, the run's folder; cpus, for torch; gpus, that
-    Ray has given."""
+    """Args: import_root, the folder that holds the driver's `align`; run, the run's folder; cpus, for torch; gpus, how
+    many Ray has given."""
 
     def __init__(
         self, import_root: Path, run: Path, base: BaseModelConfig, adapters: AdaptersConfig, cpus: int, gpus: int

@@ -221,7 +221,12 @@ class ClusterConfig(Section):
     cpus: int | None = Field(
         default=None, ge=1, description="of the worker; all that the cluster's node has, if not given"
     )
-    gpus: int | None = Field(default=None, ge=0, le=1, description="of the worker; one if there is one, if not given")
+    gpus: int | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="of the worker; one if there is one, if not given; with 0 it sees none unless base.device is cuda",
+    )
     placement_timeout_seconds: float = Field(default=10.0, gt=0)
     max_failures: int = Field(
         default=2, ge=0, description="deaths of the worker in a step after which it is started anew and goes on"

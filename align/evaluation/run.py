@@ -143,7 +143,7 @@ def compare(sft: Answers, ppo: Answers, *, samples: int, seed: int) -> dict[str,
         ("nll_ratio", _per_token(sft), _per_token(ppo)),
         ("distinct2_ratio", distinct_2(sft.texts), distinct_2(ppo.texts)),
     ):
-        metrics[name] = after / before if before > 0 else None  # answers of one word have no pairs
+        metrics[name] = after / before if before > 0 else None  # no token but the end, or no two words
     metrics["num_answers"] = len(ppo.texts)
     return metrics
 

@@ -1,8 +1,8 @@
 """What a run will take: bytes by role and by phase, and FLOPs, from its config and its base's shape. Pure: no torch.
 
-Every row is taken to be as long as the config lets it be, so this is the most that a run can need; shorter rows need
-less. Adapters that the user brings are taken to be as `adapters` says, and classifiers among the reward sources, which
-are models of their own, are left out, and so is what the stages before have left in a CPU's heap.
+Every row is taken to be as long as the config lets it be; shorter rows need less. Adapters that the user brings are
+taken to be as `adapters` says. Left out are classifiers among the reward sources, which are models of their own, and
+what the stages before have left in a CPU's heap.
 """
 
 from collections.abc import Iterator

@@ -35,10 +35,10 @@ def print_plan(config: Config, *, gpus: int, gpu_memory: str | None, as_json: bo
     fits = memory is None or plan.peak() <= USABLE * memory
     if memory is not None and not fits:
         found = changes(config, Device(shape, int(USABLE * memory), gpus))
+    device = "GPU" if on_gpu else "CPU"
     if as_json:
-        print(json.dumps(_as_json(plan, found, fits=fits, memory=memory, gpus=gpus), indent=1))
+        print(json.dumps({"device": device, **_as_json(plan, found, fits=fits, memory=memory, gpus=gpus)}, indent=1))
     else:
-        device = "GPU" if on_gpu else "CPU"
         print_view(Group(_roles(plan, device), _phases(plan), *_verdict(plan, found, memory=memory, gpus=gpus)))
     return fits
 

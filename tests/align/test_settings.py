@@ -65,6 +65,11 @@ def test_a_wrong_value_in_an_override_is_not_blamed_on_the_file(recipe: Path) ->
     assert str(recipe) not in message
 
 
+def test_an_override_that_needs_quotes_is_shown_as_the_shell_wants_it(recipe: Path) -> None:
+    assert message_of(recipe, "run.name=2024").endswith("""write it in quotes: 'run.name="2024"'""")
+    assert settings.load(recipe, ['run.name="2024"']).run.name == "2024"
+
+
 def test_all_wrong_keys_are_told_at_once(recipe: Path) -> None:
     with_text(recipe, "rank: 2", "rank: 0, alfa: 3")
     assert [line.split(": ")[1] for line in message_of(recipe).splitlines()] == ["adapters.rank", "adapters.alfa"]
@@ -95,7 +100,7 @@ def test_a_key_that_stands_twice_is_refused(recipe: Path) -> None:
         ("run: {name: 2024-02-30}\n", "not valid YAML: day"),
         (
             "run: {name: 2024}\n",
-            "run.name: 2024: input should be a valid string: YAML reads it as int, put it in quotes",
+            'run.name: 2024: input should be a valid string; YAML reads it as int, so write it in quotes: "2024"',
         ),
     ],
 )

@@ -63,7 +63,7 @@ def test_the_table_of_a_task_without_gold_has_no_gold() -> None:
 def test_what_the_policy_is_held_against_is_called_sft_only_where_there_was_sft() -> None:
     assert "win rate against SFT" in rendered(summary_view(SUMMARY))
     without = rendered(summary_view({key: value for key, value in SUMMARY.items() if key != "sft"}))
-    assert "win rate against reference" in without
+    assert "win rate against the reference" in without
     assert "SFT" not in without
 
 

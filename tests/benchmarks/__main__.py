@@ -26,7 +26,7 @@ BENCHMARKS = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("name", choices=BENCHMARKS, type=lambda name: name.replace("_", "-"))
+    parser.add_argument("name", choices=BENCHMARKS)
     parser.add_argument("--root", type=Path, help="keep the runs here, and go on from those that are there")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -30,7 +30,7 @@ def test_an_8b_base_carries_all_roles_for_a_tenth_more_and_fits_a_large_gpu(tmp_
     finished = align("plan", recipe, *overrides, "--gpu-memory", "80GB", "--json")
     assert finished.returncode == 0, finished.stderr
     plan = json.loads(finished.stdout)
-    assert plan["fits"] is True
+    assert (plan["device"], plan["fits"]) == ("GPU", True)
     assert plan["roles"][0]["weights"] == 2 * 8_030_261_248
     assert 1.0 < plan["resident_over_base"] <= 1.1
     assert {(phase["stage"], phase["name"]) for phase in plan["phases"]} >= {("sft", "train"), ("ppo", "learn")}
