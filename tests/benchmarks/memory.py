@@ -171,4 +171,4 @@ def _print(measured: Sequence[Measured]) -> None:
             f"{own.net_peak_bytes / ours.net_peak_bytes:.2f}",
             verdict,
         )
-    Console().print(table)
+    Console(width=140).print(table)
