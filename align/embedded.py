@@ -44,15 +44,20 @@ def find_embedded() -> tuple[Path, str]:
 
 
 def built_once(folder: Path, build: Callable[[Path], None]) -> Path:
-    """A folder of the cache, filled by `build` on the first call: whole or not there."""
+    """A folder of the cache, filled by `build` on the first call: whole or not there. ModelError if it cannot be
+    written."""
     if (folder / "config.json").is_file():
         return folder
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir(parents=True, exist_ok=True)
     try:
+        temporary.mkdir(parents=True, exist_ok=True)
         build(temporary)
         if not folder.exists():  # another process may have been faster
             temporary.rename(folder)
+    except OSError as error:
+        raise ModelError(
+            f"base.model: cannot write the model to {folder}: {error}; set ALIGN_CACHE elsewhere"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
@@ -82,7 +87,4 @@ def convert_embedded(gguf: Path, identity: str) -> Path:
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(temporary)
 
-    try:
-        return built_once(folder, convert)
-    except OSError as error:
-        raise ModelError(f"cannot write the converted model to {folder}: {error}; set ALIGN_CACHE elsewhere") from error
+    return built_once(folder, convert)

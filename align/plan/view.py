@@ -37,14 +37,17 @@ def print_plan(config: Config, *, gpus: int, gpu_memory: str | None, as_json: bo
         found = changes(config, Device(shape, int(USABLE * memory), gpus))
     device = "GPU" if on_gpu else "CPU"
     if as_json:
-        print(json.dumps({"device": device, **_as_json(plan, found, fits=fits, memory=memory, gpus=gpus)}, indent=1))
+        print(json.dumps(_as_json(plan, found, fits=fits, memory=memory, device=device, gpus=gpus), indent=1))
     else:
         print_view(Group(_roles(plan, device), _phases(plan), *_verdict(plan, found, memory=memory, gpus=gpus)))
     return fits
 
 
-def _as_json(plan: Plan, found: list[Change], *, fits: bool, memory: int | None, gpus: int) -> dict[str, object]:
+def _as_json(
+    plan: Plan, found: list[Change], *, fits: bool, memory: int | None, device: str, gpus: int
+) -> dict[str, object]:
     return {
+        "device": device,
         "gpus": gpus,
         "gpu_memory_bytes": memory,
         "fits": None if memory is None else fits,
