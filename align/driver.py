@@ -90,14 +90,14 @@ def run_pipeline(
     """
     steps = steps_to_do(config, stage)
     verify_allowed(allowed, config, steps)
-    is_unattended = is_in_ray_job()
     run = run_folder(config)
     only = [] if stage is None else [f"--stage {stage}"]
     again = " ".join([command, *only, "--resume", *(f"--allow-change {shlex.quote(name)}" for name in allowed)])
     verify_current_folder()
     with occupied(run), _said_if_stopped(run, display, again), heard_signals():
-        for step in steps:
-            refuse_unfinished(run / step, resume=resume or is_unattended, fresh=fresh, command=command)
+        if not (resume or fresh or is_in_ray_job()):  # a job that is submitted again goes on: nobody is there to ask
+            for step in steps:
+                refuse_unfinished(run / step, command=command, again=again)
         # Here, or a missing source would only be told after SFT and reward training
         sources = source_identities(config.ppo.rewards) if "ppo" in steps else {}
         base_identity = resolve_base(config.base).identity
@@ -117,7 +117,6 @@ def run_pipeline(
                     resume=resume,
                     fresh=fresh,
                     command=command,
-                    is_unattended=is_unattended,
                     allowed=allowed,
                 )
                 if step == steps[0]:  # not before: a refused command leaves the config of what is there

@@ -158,19 +158,16 @@ def decide(
     resume: bool,
     fresh: bool,
     command: str,
-    is_unattended: bool = False,
     allowed: Collection[str] = (),
 ) -> Decision:
-    """What to do about one step, whose folder is `folder`. Where nobody is there to ask, as in a Ray job that is
-    submitted again, an unfinished step goes on.
+    """What to do about one step, whose folder is `folder`. An unfinished one goes on: `refuse_unfinished` has asked.
 
     Args:
         allowed: keys of the fingerprint that --resume may find changed: a finished step stands as it is, an unfinished
             one goes on with what they are now.
 
     Raises:
-        UsageError: --resume, and the step's inputs are not what they were; or an unfinished step that neither
-            --resume nor --fresh speaks of.
+        UsageError: the inputs of an unfinished step, or with --resume of a finished one, are not what they were.
         ArtifactError: the step is finished and its artifacts are damaged.
     """
     if fresh:
@@ -188,7 +185,6 @@ def decide(
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
         return Decision("run", "started before and did not finish" if _started(folder) else "not run yet")
-    refuse_unfinished(folder, resume=resume or is_unattended, fresh=fresh, command=command)
     started = _started(folder)
     if started is None:
         raise ArtifactError(
@@ -215,16 +211,19 @@ def _refusal(step: StepName, changed: str, command: str) -> str:
     )
 
 
-def refuse_unfinished(folder: Path, *, resume: bool, fresh: bool, command: str) -> None:
-    """UsageError if the stage in `folder` stopped half-way and the call does not say what to do with its checkpoints.
+def refuse_unfinished(folder: Path, *, command: str, again: str) -> None:
+    """UsageError if the stage in `folder` stopped half-way: for a call that does not say what to do with checkpoints.
 
     The driver asks this of all its steps before the first one runs, so that nobody waits for SFT to hear it.
+
+    Args:
+        again: the command that continues what the call asks for.
     """
     unfinished = checkpoint_folders(folder / "checkpoints")
-    if resume or fresh or (folder / "result.json").exists() or not unfinished:
+    if (folder / "result.json").exists() or not unfinished:
         return
     raise UsageError(
-        f"{folder} holds an unfinished {folder.name} ({unfinished[-1].name}). Continue it: {command} --resume; "
+        f"{folder} holds an unfinished {folder.name} ({unfinished[-1].name}). Continue it: {again}; "
         f"or discard its checkpoints and start it anew: {command} --stage {folder.name} --fresh"
     )
 

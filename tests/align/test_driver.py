@@ -321,8 +321,10 @@ def test_a_stopped_ppo_is_resumed_or_discarded_as_asked_and_goes_on_in_a_job(
     run(folder, stage="reward")
     with pytest.raises(WorkerError):
         run(folder, "cluster.max_failures=0", change={"ppo": fake_stages.stopping_half_way})
-    with pytest.raises(UsageError, match="unfinished ppo"):
+    with pytest.raises(UsageError, match=rf"unfinished ppo .*: {COMMAND} --resume; .*{COMMAND} --stage ppo --fresh"):
         run(folder)
+    with pytest.raises(UsageError, match=rf"unfinished ppo .*: {COMMAND} --stage ppo --resume; "):
+        run(folder, stage="ppo")
     with pytest.raises(UsageError, match=r"ppo\.updates changed"):
         run(folder, "ppo.updates=8", resume=True)
     with monkeypatch.context() as patch:

@@ -187,20 +187,19 @@ def test_a_finished_step_whose_artifact_was_replaced_whole_is_an_error(tmp_path:
 def test_an_unfinished_ppo_is_neither_continued_nor_discarded_unasked(tmp_path: Path) -> None:
     parts = parts_of(config_with(tmp_path))
     leave_checkpoint(tmp_path / "ppo", parts)
-    with pytest.raises(UsageError, match=f"update-00010.*{COMMAND} --resume.*{COMMAND} --stage ppo --fresh"):
-        decided(tmp_path / "ppo", parts)
-    with pytest.raises(UsageError, match="unfinished ppo"):
-        refuse_unfinished(tmp_path / "ppo", resume=False, fresh=False, command=COMMAND)
+    again = f"{COMMAND} --stage ppo --resume"
+    with pytest.raises(UsageError, match=f"unfinished ppo .update-00010.*: {again}; .*{COMMAND} --stage ppo --fresh"):
+        refuse_unfinished(tmp_path / "ppo", command=COMMAND, again=again)
     assert decided(tmp_path / "ppo", parts, fresh=True).kind == "run"
     assert (tmp_path / "ppo" / "checkpoints" / "update-00010").is_dir()
 
 
-def test_where_nobody_is_there_to_ask_an_unfinished_step_goes_on_unless_it_changed(tmp_path: Path) -> None:
+def test_an_unfinished_step_goes_on_unless_it_changed(tmp_path: Path) -> None:
     parts = parts_of(config_with(tmp_path))
     leave_checkpoint(tmp_path / "ppo", parts)
-    assert decided(tmp_path / "ppo", parts, is_unattended=True).kind == "resume"
+    assert decided(tmp_path / "ppo", parts).kind == "resume"
     with pytest.raises(UsageError, match=r"sft\.epochs changed"):
-        decided(tmp_path / "ppo", parts_of(config_with(tmp_path, "sft.epochs=3")), is_unattended=True)
+        decided(tmp_path / "ppo", parts_of(config_with(tmp_path, "sft.epochs=3")))
 
 
 def test_resume_continues_after_the_newest_whole_checkpoint(tmp_path: Path) -> None:
