@@ -13,7 +13,14 @@ from align.plan.shape import ModelShape
 
 USABLE = 0.9  # of a device: the rest is left to the CUDA context and to the allocator's gaps
 # Below these a change is no advice
-_SMALLEST = {"max_length": 128, "max_prompt_length": 64, "max_response_length": 16, "ptx_max_length": 128, "rank": 4}
+_SMALLEST = {
+    "max_length": 128,
+    "max_prompt_length": 64,
+    "max_response_length": 16,
+    "ptx_max_length": 128,
+    "layers": 4,
+    "rank": 4,
+}
 _UNITS = " KMGT"
 Settings = Mapping[str, object]  # by section.key
 
@@ -42,7 +49,10 @@ class Device:
     gpus: int
 
     def change(self, config: Config, settings: Settings) -> Change:
-        peak = forecast(_with(config, settings), self.shape, on_gpu=True, gpus=self.gpus).peak()
+        config = _with(config, settings)
+        layers = config.adapters.layers
+        shape = self.shape if layers == "all" else self.shape.with_adapters_on_last(layers)
+        peak = forecast(config, shape, on_gpu=True, gpus=self.gpus).peak()
         written = tuple(f"{key}={str(value).lower()}" for key, value in settings.items())
         return Change(written, peak, peak <= self.usable)
 
@@ -53,7 +63,7 @@ def changes(config: Config, device: Device) -> list[Change]:
     found: list[Change] = []
     for key in _keys(config):
         best = device.change(config, {})
-        for value in _values(config, key):
+        for value in _values(config, key, device.shape):
             change = device.change(config, {key: value})
             best = change if change.peak < best.peak else best
             if best.fits:
@@ -70,7 +80,7 @@ def _together(config: Config, device: Device) -> list[Change]:
     now = device.change(config, settings)
     while not now.fits:
         for key in _keys(config):
-            values = list(_values(_with(config, settings), key))
+            values = list(_values(_with(config, settings), key, device.shape))
             after = device.change(config, {**settings, key: values[0]}) if values else now
             if after.peak < now.peak:
                 settings, now = {**settings, key: values[0]}, after
@@ -98,10 +108,10 @@ def _keys(config: Config) -> list[str]:
     lengths = [f"{stage}.max_length" for stage in trainers] + lengths
     if "ppo" in stages and config.ppo.loss.ptx_coefficient:
         lengths.append("ppo.loss.ptx_max_length")
-    return [*exact, "base.dtype", *critic, *lengths, "adapters.rank"]
+    return [*exact, "base.dtype", *critic, *lengths, "adapters.layers", "adapters.rank"]
 
 
-def _values(config: Config, key: str) -> Iterator[object]:
+def _values(config: Config, key: str, shape: ModelShape) -> Iterator[object]:
     """What to try next: numbers are halved again and again, other settings have one value that takes less."""
     *sections, name = key.split(".")
     value = getattr(reduce(getattr, sections, cast(object, config)), name)
@@ -112,6 +122,7 @@ def _values(config: Config, key: str) -> Iterator[object]:
     smallest = _SMALLEST.get(name, 1)
     if name == "max_response_length":
         smallest = max(smallest, config.ppo.rollout.min_response_length)
+    value = shape.num_learning_layers if value == "all" else value
     while value > smallest:
         is_divisor = name == "micro_batch_size"  # half of an odd one would leave a rest
         value = 1 if is_divisor and value % 2 else max(value // 2, smallest)

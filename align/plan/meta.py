@@ -101,14 +101,13 @@ def _adapted(model: PreTrainedModel, adapters: AdaptersConfig) -> tuple[tuple[Ad
         raise ModelError(f"base.model: PEFT has no adapters for this base: {error}") from error
     found: list[AdaptedLinear] = []
     reading: set[str] = set()
-    numbers: list[int] = []
     for path, module in model.named_modules():
         if isinstance(module, LoraLayer):
             block = path.rpartition(".")[0]
             is_last = last[block] == path
             features = cast(int, module.in_features), cast(int, module.out_features)
-            found.append(AdaptedLinear(*features, shares_input=not is_last and block in reading))
+            layer = next(int(part) for part in path.split(".") if part.isdigit())
+            found.append(AdaptedLinear(*features, layer=layer, shares_input=not is_last and block in reading))
             if not is_last:
                 reading.add(block)
-            numbers += [int(part) for part in path.split(".") if part.isdigit()][:1]
-    return tuple(found), min(numbers)
+    return tuple(found), min(linear.layer for linear in found)

@@ -1,6 +1,6 @@
 """What a forecast has to know of a base model and of the places of its LoRA adapters: counts, no weights, no torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -9,6 +9,7 @@ class AdaptedLinear:
 
     in_features: int
     out_features: int
+    layer: int  # the first is 0
     shares_input: bool  # with another before it: q, k and v read one tensor, gate and up another
 
 
@@ -31,6 +32,11 @@ class ModelShape:
     stored_bytes: int  # a parameter, in the weight files
     auto_bytes: int  # a parameter in memory, where base.dtype is auto
     adapted: tuple[AdaptedLinear, ...]  # in all layers
+
+    def with_adapters_on_last(self, layers: int) -> "ModelShape":
+        """The same base with those of its adapters that lie in the last `layers` layers."""
+        first = max(self.num_frozen_layers, self.num_layers - layers)
+        return replace(self, num_frozen_layers=first, adapted=tuple(x for x in self.adapted if x.layer >= first))
 
     @property
     def num_learning_layers(self) -> int:

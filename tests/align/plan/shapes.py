@@ -2,16 +2,15 @@
 
 from align.plan.shape import AdaptedLinear, ModelShape
 
-# One layer: q 8 → 8, k and v 8 → 4, o 8 → 8; gate and up 8 → 16, down 16 → 8.
-_LAYER = (
-    AdaptedLinear(8, 8, shares_input=False),
-    AdaptedLinear(8, 4, shares_input=True),
-    AdaptedLinear(8, 4, shares_input=True),
-    AdaptedLinear(8, 8, shares_input=False),
-    AdaptedLinear(8, 16, shares_input=False),
-    AdaptedLinear(8, 16, shares_input=True),
-    AdaptedLinear(16, 8, shares_input=False),
-)
+# A layer: q 8 → 8, k and v 8 → 4, o 8 → 8; gate and up 8 → 16, down 16 → 8.
+_ADAPTED = tuple(
+    AdaptedLinear(*features, layer=layer, shares_input=shares)
+    for layer in range(2)
+    for features, shares in (
+        ((8, 8), False), ((8, 4), True), ((8, 4), True), ((8, 8), False),
+        ((8, 16), False), ((8, 16), True), ((16, 8), False),
+    )
+)  # fmt: skip
 SMALL = ModelShape(
     num_layers=2,
     num_frozen_layers=0,
@@ -28,5 +27,5 @@ SMALL = ModelShape(
     num_matmul_parameters=1152,
     stored_bytes=2,
     auto_bytes=2,
-    adapted=2 * _LAYER,
+    adapted=_ADAPTED,
 )

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from align.config import Config
@@ -45,6 +47,21 @@ def test_long_texts_beside_ppo_may_be_what_is_to_be_shorter() -> None:
     of = config(stages=("ppo",), data=data, reward={"adapter": "adapter"}, ppo={"loss": loss})
     keys = {setting.partition("=")[0] for change in changes(of, device(of, 0.6)) for setting in change.settings}
     assert "ppo.loss.ptx_max_length" in keys
+
+
+@pytest.mark.parametrize(("of_config", "advised"), [("all", "8"), (12, "6")])
+def test_adapters_on_fewer_layers_may_be_what_makes_it_fit(of_config: object, advised: str) -> None:
+    shape = replace(
+        SMALL, num_layers=16, adapted=tuple(replace(x, layer=n) for n in range(16) for x in SMALL.adapted[:7])
+    )
+    of = config(stages=("sft",), sft={"max_length": 512}, adapters={"layers": of_config, "rank": 16})
+    now = shape if of_config == "all" else shape.with_adapters_on_last(12)
+    small = Device(now, int(0.75 * forecast(of, now, on_gpu=True).peak()), gpus=1)
+    found = {change.settings: change for change in changes(of, small)}
+    change = found[(f"adapters.layers={advised}",)]
+    narrowed = shape.with_adapters_on_last(int(advised))
+    assert change.peak == forecast(of, narrowed, on_gpu=True).peak()
+    assert change.fits
 
 
 def test_no_answer_is_advised_to_be_shorter_than_it_must_be() -> None:

@@ -26,6 +26,8 @@ def test_its_counts_are_those_of_the_loaded_model(model: str, targets: Any) -> N
     real.add("sft")
     assert read.num_lora_parameters(4) == sum(t.numel() for t in real.tensors("sft").values())
     assert read.hidden_size == real.hidden_size
+    everywhere = read_shape(BaseModelConfig(model=f"tiny:{model}"), AdaptersConfig(targets=targets))
+    assert everywhere.with_adapters_on_last(1) == read
 
 
 def test_a_folder_with_nothing_but_a_config_is_enough(tmp_path: Path) -> None:
