@@ -75,7 +75,8 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
 
 
 def write_json(path: Path, value: object, *, durable: bool = True) -> None:
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, default=str) + "\n", durable=durable)
+    text = json.dumps(value, indent=1, sort_keys=True, default=str, allow_nan=False)
+    write_text(path, text + "\n", durable=durable)
 
 
 def read_json(path: Path) -> object:

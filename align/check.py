@@ -7,7 +7,7 @@ from typing import Literal
 
 from align.base import missing_files, verify_hub_id
 from align.config import BaseModelConfig, Config, SourceConfig
-from align.errors import AlignError
+from align.errors import AlignError, ModelError
 from align.handover import brought, brought_head
 from align.intake import held_out_of, kind_of
 from align.sources import source_identity
@@ -33,6 +33,8 @@ def _found(what: str, look: Callable[[], str]) -> Finding:
         return Finding(what, "ok", look())
     except AlignError as error:
         return Finding(what, "wrong", str(error))
+    except OSError as error:
+        return Finding(what, "wrong", f"{what}: {error.filename} is out of reach: {error.strerror}")
 
 
 def _check_base(base: BaseModelConfig) -> Finding:
@@ -47,10 +49,7 @@ def _check_base(base: BaseModelConfig) -> Finding:
     if not folder.is_absolute():  # settings made every folder absolute
         found = _found(what, lambda: _hub_id(base.model))
         return replace(found, verdict="not checked") if found.verdict == "ok" else found
-    missing = missing_files(folder)
-    if missing:
-        return Finding(what, "wrong", f"base.model: {folder} {_lacks(folder, missing)}; give a folder of transformers")
-    return Finding(what, "ok", str(folder))
+    return _found(what, lambda: _folder(folder))
 
 
 def _tiny(model: str) -> str:
@@ -63,6 +62,13 @@ def _tiny(model: str) -> str:
 def _hub_id(model: str) -> str:
     verify_hub_id(model)
     return f"hub id {model}"
+
+
+def _folder(folder: Path) -> str:
+    missing = missing_files(folder)
+    if missing:
+        raise ModelError(f"base.model: {folder} {_lacks(folder, missing)}; give a folder of transformers")
+    return str(folder)
 
 
 def _lacks(folder: Path, missing: list[str]) -> str:

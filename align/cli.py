@@ -1,11 +1,12 @@
 """The command line. Each command imports what it needs when it runs, so that `align check` stays fast."""
 
+import errno
 import json
 import os
 import shlex
 import sys
 from collections.abc import Generator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -24,6 +25,7 @@ app = typer.Typer(
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Only warnings and the final table.")]
+_OUT_OF_REACH = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; all else goes to stderr.")]
 
 
@@ -35,6 +37,13 @@ def _one_message() -> Generator[None]:
         _end_with(str(error), error.exit_code)
     except KeyboardInterrupt:
         _end_with("stopped", StoppedError.exit_code)
+    except OSError as error:
+        if error.errno in _OUT_OF_REACH and error.filename is not None:
+            remedy = "look at its folders' permissions, or name another place"
+            _end_with(f"{error.filename} is out of reach: {error.strerror}; {remedy}", UsageError.exit_code)
+        if error.filename is None and not isinstance(error, BrokenPipeError):  # the latter is click's to end with
+            _end_with(f"cannot say what there is to say: {error}", 1)
+        raise
 
 
 def _end_with(message: str, exit_code: int) -> NoReturn:
@@ -44,7 +53,7 @@ def _end_with(message: str, exit_code: int) -> NoReturn:
         try:
             stream.write(text)
             stream.flush()
-        except BrokenPipeError:  # the reader is gone, as `tee` is after Ctrl-C: the exit code is what is left to say
+        except OSError:  # the reader is gone, as `tee` is after Ctrl-C: the exit code is what is left to say
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     raise typer.Exit(exit_code) from None
 
@@ -101,11 +110,11 @@ def run(
 
         loaded = settings.load(config, overrides or [])
         # Ray prints notices of its own on stdout; with --json that is for the summary alone
-        with redirect_stdout(sys.stderr if as_json else sys.stdout):
+        with redirect_stdout(sys.stderr if as_json else sys.stdout), closing(make_display(is_quiet=quiet)) as display:
             summary = run_pipeline(
                 loaded,
                 stages=STAGE_FUNCTIONS,
-                display=make_display(is_quiet=quiet),
+                display=display,
                 command=shlex.join(["align", "run", str(config), *(overrides or [])]),
                 stage=stage,
                 resume=resume,
@@ -182,25 +191,23 @@ def inspect(
         if tokenizer is None and (system_prompt is not None or max_length is not None):
             raise UsageError("--system-prompt and --max-length are about tokens: give --tokenizer, too")
         _ours_only()
+        if html is not None and html.is_dir():
+            raise UsageError(f"--html: cannot write {html}: it is a folder; name a file")
         if html is not None and folder.resolve() in html.resolve().parents:
             raise UsageError(f"--html {html}: a page inside {folder} would damage the data set; write it elsewhere")
         from align.inspect_view import inspection_view, write_page
         from align.show import late_progress, make_display, print_view
         from data.ingestion.inspection import inspect_dataset
 
-        with redirect_stdout(sys.stderr if as_json else sys.stdout):
-            display = make_display(is_quiet=quiet)
-            try:
-                codec = None
-                if tokenizer is not None:
-                    display.note(f"loading the tokenizer of {tokenizer}")  # its import alone takes seconds
-                    from align.ingest import load_named_codec
+        with redirect_stdout(sys.stderr if as_json else sys.stdout), closing(make_display(is_quiet=quiet)) as display:
+            codec = None
+            if tokenizer is not None:
+                display.note(f"loading the tokenizer of {tokenizer}")  # its import alone takes seconds
+                from align.ingest import load_named_codec
 
-                    codec = load_named_codec(tokenizer, system_prompt)
-                on_progress = late_progress(display, stage="inspect", doing="reading rows")
-                found = inspect_dataset(folder, codec=codec, max_length=max_length, on_progress=on_progress)
-            finally:
-                display.close()
+                codec = load_named_codec(tokenizer, system_prompt)
+            on_progress = late_progress(display, stage="inspect", doing="reading rows")
+            found = inspect_dataset(folder, codec=codec, max_length=max_length, on_progress=on_progress)
         if html is not None:
             write_page(html, inspection_view(found))
         if as_json:
@@ -283,8 +290,7 @@ def ingest(
             weights=tuple(weight or ()),
             tokens=as_token_rule(tokenizer, max_length, system_prompt),
         )
-        with redirect_stdout(sys.stderr if as_json else sys.stdout):
-            display = make_display(is_quiet=quiet)
+        with redirect_stdout(sys.stderr if as_json else sys.stdout), closing(make_display(is_quiet=quiet)) as display:
             account, view = run_ingest(asked, to, engine=engine, address=address, display=display)
         if as_json:
             print(json.dumps(account, indent=1))

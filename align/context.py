@@ -1,6 +1,7 @@
 """What a stage is given and gives back: the few shared handles, the records of inputs, the record of results."""
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from align.artifacts import Artifact, writing
 from align.config import RewardsConfig, RolloutConfig
-from align.errors import ConfigError, DataError, StoppedError
+from align.errors import ConfigError, DataError, InvariantError, StoppedError
 from align.stopping import is_asked_to_stop
 from align.tracking import Tracker
 from data.records import Account, Comparison, Demonstration, PlainText, Prompt, Reject, Verdict
@@ -16,6 +17,8 @@ from data.rejects import check_rate, describe, write_rejects
 
 if TYPE_CHECKING:
     from align.adapters import AdaptedModel  # the driver builds inputs from these records without torch
+
+DIVERGED = "the training has diverged: lower its learning rate, and start the stage anew with --fresh"
 
 
 @dataclass(frozen=True)
@@ -159,12 +162,22 @@ class EvaluationInputs:
 @dataclass(frozen=True)
 class StageResult:
     """`metrics` is JSON: reproducible values only, no clocks. `account` counts the rows that the stage itself set
-    aside once they were tokenized."""
+    aside once they were tokenized.
+
+    Raises:
+        InvariantError: a metric is not finite, so what has been trained cannot be used.
+    """
 
     stage: str
     artifacts: tuple[Artifact, ...]
     metrics: Mapping[str, object]
     account: Account | None = None
+
+    def __post_init__(self) -> None:
+        numbers = {name: value for name, value in self.metrics.items() if isinstance(value, float)}
+        bad = {name: value for name, value in numbers.items() if not math.isfinite(value)}
+        if bad:
+            raise InvariantError(f"{self.stage}: not finite at its end: {bad}; {DIVERGED}")
 
     def artifact(self, kind: str) -> Artifact:
         return next(artifact for artifact in self.artifacts if artifact.kind == kind)

@@ -56,8 +56,6 @@ class Display(Protocol):
 
     def progress(self, status: Status) -> None: ...
 
-    def close(self) -> None: ...
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -94,7 +92,7 @@ def run_pipeline(
     only = [] if stage is None else [f"--stage {stage}"]
     again = " ".join([command, *only, "--resume", *(f"--allow-change {shlex.quote(name)}" for name in allowed)])
     verify_current_folder()
-    with occupied(run), _said_if_stopped(run, display, again), heard_signals():
+    with occupied(run), _said_if_stopped(run, again), heard_signals():
         if not (resume or fresh or is_in_ray_job()):  # a job that is submitted again goes on: nobody is there to ask
             for step in steps:
                 refuse_unfinished(run / step, command=command, again=again)
@@ -119,20 +117,21 @@ def run_pipeline(
                     command=command,
                     allowed=allowed,
                 )
-                if step == steps[0]:  # not before: a refused command leaves the config of what is there
-                    write_text(run / "config.yaml", dump(config))
+                if step == steps[0]:
                     warn_of_stale(config, steps[0], run=run, base_identity=base_identity, display=display)
                 display.step(step, f"{decision.kind} ({decision.reason})")
                 if decision.finished is None:
+                    write_text(run / "config.yaml", dump(config))  # not before: a refused command leaves what is there
                     call = stage_call(step, stages[step], config, prepared, run, decision)
                     is_kept = decision.kind == "resume"
                     start = partial(begin, run / step, prepared.fingerprint, keep=is_kept, changed=decision.changed)
                     watch.start()
                     outcome = run_to_its_end(cluster, call, start, config.cluster.max_failures, display, again)
                     write_finished(run / step, finish(step, outcome, prepared, config))
-                    journal.count(outcome)
-                journal.record()
+                    journal.count(step, outcome)
+                journal.record(step)
                 cluster.end_if_stopped()
+            write_text(run / "config.yaml", dump(config))
         return journal.summary
 
 
@@ -242,7 +241,7 @@ def finish(step: StepName, outcome: Outcome, prepared: Prepared, config: Config)
 def warn_of_stale(config: Config, first: StepName, *, run: Path, base_identity: str, display: Display) -> None:
     """A command for one stage takes the earlier ones as they stand: say where the config has moved on since."""
     for step in STEPS[: STEPS.index(first)]:
-        finished = read_finished(run / step)
+        finished = read_finished(run / step) if step in config.run.stages else None
         changed = finished and stale(step, finished, config, base_identity=base_identity)
         if changed:
             display.note(f"warning: {step} stands as it was run before, though since then {changed}")
@@ -271,7 +270,7 @@ class Watch:
 
 
 @contextmanager
-def _said_if_stopped(run: Path, display: Display, again: str) -> Generator[None]:
+def _said_if_stopped(run: Path, again: str) -> Generator[None]:
     """Leave a word in the run folder for `align status`, and turn Ctrl-C into a message that says how to go on."""
     try:
         yield
@@ -284,5 +283,6 @@ def _said_if_stopped(run: Path, display: Display, again: str) -> Generator[None]
     except SystemExit:  # Ray turns SIGTERM into it
         write_end(run, "terminated")
         raise TerminatedError(f"terminated; finished stages and checkpoints are kept. Continue: {again}") from None
-    finally:
-        display.close()
+    except Exception as error:
+        write_end(run, f"{type(error).__name__}: {error}")
+        raise

@@ -1,7 +1,7 @@
 """How one step's results reach the next: by value, through `<run>/<step>/result.json`, verified before use."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -106,16 +106,20 @@ def write_finished(folder: Path, step: FinishedStep) -> None:
     write_json(folder / RESULT, {**asdict(replace(step, artifacts=())), "artifacts": artifacts})
 
 
-def current_results(run: Path, steps: Sequence[str]) -> dict[str, FinishedStep]:
-    """The finished steps, less those that were made from artifacts which have since been replaced."""
+def current_results(run: Path, steps: Sequence[str], *, standing: Collection[str] = ()) -> dict[str, FinishedStep]:
+    """The finished steps, less those that were made from artifacts which have since been replaced, unless they are
+    `standing` all the same."""
     found: dict[str, FinishedStep] = {}
     for step in steps:
         finished = read_finished(run / step)
-        if finished is not None and all(
+        if finished is None:
+            continue
+        is_current = all(
             content_hash is None or content_hash in [artifact.content_hash for artifact in found[stage].artifacts]
             for key, content_hash in finished.fingerprint.items()
             if (stage := _maker(key)) in found
-        ):
+        )
+        if is_current or step in standing:
             found[step] = finished
     return found
 

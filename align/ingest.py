@@ -40,10 +40,7 @@ def run_ingest(
 
     on_cluster = partial(map_on_cluster, address=address, import_root=import_root())
     own = on_cluster if engine == "ray" else local_engine(os.cpu_count() or 1)
-    try:
-        account = ingest(asked, to, engine=own, note=display.note, on_progress=on_progress)
-    finally:
-        display.close()
+    account = ingest(asked, to, engine=own, note=display.note, on_progress=on_progress)
     return account, _view(account, seconds=time.time() - started)
 
 

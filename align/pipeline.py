@@ -140,7 +140,7 @@ def changes(
 
 def _change(key: str, old: object, new: object) -> str:
     if key.startswith("input."):
-        return f"its input {key.removeprefix('input.')} changed"
+        return f"its input changed ({key})"
     if key == "base.identity":
         return f"base model changed ({str(old)[:12]}… → {str(new)[:12]}…)"
     if key.startswith("data.") and key.endswith(("train", "held_out")):

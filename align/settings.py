@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -37,7 +37,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        messages = [_explain(cast(Mapping[str, Any], item), places, str(path)) for item in error.errors()]
+        found = error.errors()
+        inside = {item["loc"][:end] for item in found for end in range(len(item["loc"]))}
+        # A list whose entries are wrong is to pydantic also one without them
+        found = [item for item in found if not (item["type"] == "too_short" and item["loc"] in inside)]
+        messages = [_explain(cast(Mapping[str, Any], item), places, str(path)) for item in found]
         raise ConfigError("\n".join(dict.fromkeys(messages))) from None
 
 
@@ -52,7 +56,7 @@ def _parse(text: str, *, name: str) -> tuple[object, dict[str, int]]:
         node = loader.get_single_node()
         lines = dict(_lines(node, prefix="", name=name, above=()))
         return (loader.construct_document(node) if node is not None else None), lines
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: of what looks like a date and is none
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError) as error:  # of what its tag, or its look, says it is
         mark = getattr(error, "problem_mark", None)
         place = f"{name}:{mark.line + 1}" if mark is not None else name
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
@@ -97,6 +101,9 @@ def _split_override(override: str) -> tuple[str, object]:
         raise ConfigError(f"override {override!r}: write section.key=value, for example ppo.updates=20")
     if key not in _KNOWN_KEYS:
         raise ConfigError(f"override {override}: {key}: unknown key; {_nearest(key)}")
+    of_list = next((listed for listed in _LISTS if key.startswith(f"{listed}.")), None)
+    if of_list is not None:
+        raise ConfigError(f"override {override}: {of_list} is a list; give all of it: '{of_list}=[{{...}}]'")
     value, _ = _parse(text, name=f"override {override}")
     return key, value
 
@@ -176,7 +183,18 @@ def _section_in(annotation: object) -> type[BaseModel] | None:
     return next((section for section in found if section is not None), None)
 
 
+def _lists_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The keys that hold a list of sections."""
+    for name, field in section.model_fields.items():
+        inner = _section_in(field.annotation)
+        if inner is not None and get_origin(field.annotation) is tuple:
+            yield f"{prefix}{name}"
+        elif inner is not None:
+            yield from _lists_of(inner, f"{prefix}{name}.")
+
+
 _KNOWN_KEYS = tuple(_keys_of(Config))
+_LISTS = tuple(_lists_of(Config))
 
 
 def _nearest(dotted: str) -> str:

@@ -84,13 +84,41 @@ class BarDisplay:
         self._bars.stop()
 
 
-Display = QuietDisplay | PlainDisplay | BarDisplay
+class WhileSeen:
+    """What is shown as long as anybody sees it: where it cannot be written, as behind `head` or on a full disk, it
+    falls silent, and the work goes on."""
+
+    def __init__(self, shown: QuietDisplay | PlainDisplay | BarDisplay) -> None:
+        self._shown = shown
+        self._is_seen = True
+
+    def note(self, text: str) -> None:
+        self._show(lambda: self._shown.note(text))
+
+    def step(self, name: str, text: str) -> None:
+        self._show(lambda: self._shown.step(name, text))
+
+    def progress(self, status: Status) -> None:
+        self._show(lambda: self._shown.progress(status))
+
+    def close(self) -> None:
+        self._show(self._shown.close)
+
+    def _show(self, what: Callable[[], None]) -> None:
+        try:
+            if self._is_seen:
+                what()
+        except OSError:
+            self._is_seen = False
+
+
+Display = QuietDisplay | PlainDisplay | BarDisplay | WhileSeen
 
 
 def make_display(*, is_quiet: bool) -> Display:
     if is_quiet:
-        return QuietDisplay()
-    return BarDisplay(Console(file=sys.stdout)) if sys.stdout.isatty() else PlainDisplay(sys.stdout)
+        return WhileSeen(QuietDisplay())
+    return WhileSeen(BarDisplay(Console(file=sys.stdout)) if sys.stdout.isatty() else PlainDisplay(sys.stdout))
 
 
 def late_progress(display: Display, *, stage: str, doing: str) -> Callable[[int, int], None]:

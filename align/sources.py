@@ -1,6 +1,8 @@
 """What the reward sources depend on outside of a run, found and hashed without loading it: for fingerprints and
 `align check`."""
 
+import ast
+import re
 import sys
 from collections.abc import Mapping
 from importlib.machinery import PathFinder
@@ -22,16 +24,17 @@ def source_identity(source: RewardSourceConfig) -> str:
 
     Raises:
         ModelError: the folder is not there, or is no model of transformers.
-        ConfigError: the function's module cannot be found.
+        ConfigError: the function's module cannot be found, or does not have it.
     """
     if source.function is not None:
-        module = source.function.partition(":")[0]
+        module, _, function = source.function.partition(":")
         path = _module_file(module)
         if path is None:
             raise ConfigError(
                 f"ppo.rewards.sources: {source.function}: there is no module {module}; it must be installed, or lie in "
                 f"the folder that the command is run in, here {Path.cwd()}"
             )
+        _verify_named(path, function, key=f"ppo.rewards.sources: {source.function}")
         return sha256_of_file(path)
     assert source.model is not None
     folder = Path(source.model)
@@ -44,6 +47,19 @@ def source_identity(source: RewardSourceConfig) -> str:
         )
     files = sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("tokenizer*")])
     return sha256_of_json({file.name: sha256_of_file(file) for file in files})
+
+
+def _verify_named(path: Path, function: str, *, key: str) -> None:
+    """ConfigError if a module is not Python, or its text cannot give anything of this name; nothing is imported."""
+    if path.suffix != ".py":
+        return
+    text = path.read_bytes()
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError) as error:
+        raise ConfigError(f"{key}: {path} is not Python: {error}") from None
+    if not re.search(rf"\b{function}\b|import\s*\*|__getattr__|globals|exec", text.decode(errors="replace")):
+        raise ConfigError(f"{key}: {path} has no function {function}")
 
 
 def _module_file(module: str) -> Path | None:

@@ -64,7 +64,7 @@ def read_state(run: Path, now: float) -> RunState:
         state = "running"
     elif len(finished) == len(steps):
         state = "finished"
-    elif is_fresh and error is None:  # driven from a machine whose locks we do not see
+    elif is_fresh and error is None and _is_driven_elsewhere(run):
         state = "running"
     else:
         state = "stopped" if status is not None or error is not None or finished else "not started"
@@ -124,6 +124,15 @@ def _read_end(run: Path) -> str | None:
         return str(cast(dict[str, object], read_json(run / "stopped.json"))["reason"])
     except (ArtifactError, KeyError, TypeError):
         return None
+
+
+def _is_driven_elsewhere(run: Path) -> bool:
+    """From a machine whose locks we may not see."""
+    try:
+        who = (run / _LOCK).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return True
+    return not who.endswith(f" on {socket.gethostname()}\n")
 
 
 def _is_locked(run: Path) -> bool:

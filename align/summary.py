@@ -11,7 +11,7 @@ from align.artifacts import Artifact, read_json, write_json
 from align.config import Config
 from align.errors import ArtifactError
 from align.handover import FinishedStep, changed_on_the_way, current_results
-from align.pipeline import STEPS
+from align.pipeline import StepName, steps_to_do
 from align.worker import Outcome
 
 _SECTIONS = {"sft": "sft", "reward": "reward", "ppo": "ppo", "evaluation": "eval"}
@@ -29,19 +29,24 @@ class Journal:
         self._earlier_seconds = _earlier_seconds(run)
         self._num_run = 0
         self._resumed_seconds = 0.0
+        self._standing: set[StepName] = set()
         self.summary: dict[str, object] = {}
 
-    def count(self, outcome: Outcome) -> None:
+    def count(self, step: StepName, outcome: Outcome) -> None:
         """A step that this command has run, or has brought to its end."""
         self._num_run += 1
         self._resumed_seconds += outcome.resumed_seconds
+        self._earlier_seconds["install_excluded_total"] -= self._earlier_seconds.pop(_SECTIONS[step], 0.0)
 
-    def record(self) -> None:
-        finished = current_results(self._run, STEPS)
+    def record(self, step: StepName) -> None:
+        """`step` stands: its result is new, or is kept by this command. Of others those that were made from what
+        stands, too, if they are of this config's stages."""
+        self._standing.add(step)
+        finished = current_results(self._run, steps_to_do(self._config, None), standing=self._standing)
         now = time.monotonic() - self._started + self._resumed_seconds
         # Results of earlier commands bring the time that these took; what was run again is not counted twice.
         is_whole = self._num_run == len(finished)
-        total = now if is_whole else self._earlier_seconds + (now if self._num_run else 0.0)
+        total = now if is_whole else self._earlier_seconds["install_excluded_total"] + (now if self._num_run else 0.0)
         self.summary = summarize(
             self._config, finished, base_identity=self._base_identity, total_seconds=round(total, 2)
         )
@@ -49,12 +54,13 @@ class Journal:
         write_lineage(self._run, finished)
 
 
-def _earlier_seconds(run: Path) -> float:
-    """Of a summary that is not there, or not whole, nothing: it is written anew."""
+def _earlier_seconds(run: Path) -> dict[str, float]:
+    """By section, and their total. Of a summary that is not there, or not whole, nothing: it is written anew."""
     try:
-        return float(cast(Any, read_json(run / "summary.json"))["seconds"]["install_excluded_total"])
-    except (ArtifactError, KeyError, TypeError, ValueError):
-        return 0.0
+        said = cast(Any, read_json(run / "summary.json"))["seconds"]
+        return {"install_excluded_total": 0.0, **{str(name): float(value) for name, value in said.items()}}
+    except (ArtifactError, KeyError, TypeError, ValueError, AttributeError):
+        return {"install_excluded_total": 0.0}
 
 
 def summarize(

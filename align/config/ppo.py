@@ -1,6 +1,6 @@
 """The sections of `ppo`: rollout, kl, rewards, advantage, critic, loss, optimizer, guard."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -166,7 +166,7 @@ class OptimizerConfig(Section):
     schedule: Schedule = "linear"
     warmup_updates: int = Field(default=0, ge=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     max_gradient_norm: float = Field(default=1.0, gt=0)
 
 

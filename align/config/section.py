@@ -1,14 +1,28 @@
 """What every section of the configuration is."""
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Schedule = Literal["constant", "linear", "cosine"]
 
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _truth_is_no_number(cls, value: object, info: ValidationInfo) -> object:
+        """To pydantic true is 1; to whoever writes `updates: yes` it is not."""
+        taken = _types_in(cls.model_fields[str(info.field_name)].annotation)
+        if isinstance(value, bool) and bool not in taken and taken & {int, float}:
+            raise ValueError("is no number; YAML reads yes, no, on, off, true and false as truth values")
+        return value
+
+
+def _types_in(annotation: Any) -> set[object]:
+    inner = get_args(annotation)
+    return {annotation} if not inner else {found for part in inner for found in _types_in(part)}
 
 
 class CheckpointsConfig(Section):

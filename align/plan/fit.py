@@ -98,14 +98,15 @@ def _keys(config: Config) -> list[str]:
     """From settings that change no result to those that change it most."""
     stages = config.run.stages
     trainers = [stage for stage in stages if stage != "ppo"]
-    of_ppo = (
-        ("loss.gradient_checkpointing", "loss.micro_batch_size", "rollout.batch_size"),
-        ("critic.kind",),
-        ("rollout.max_response_length", "rollout.max_prompt_length"),
-    )
-    exact, critic, lengths = ([f"ppo.{name}" for name in names] if "ppo" in stages else [] for names in of_ppo)
-    exact = [f"{stage}.{name}" for name in ("gradient_checkpointing", "micro_batch_size") for stage in trainers] + exact
-    lengths = [f"{stage}.max_length" for stage in trainers] + lengths
+    exact = [f"{stage}.{name}" for name in ("gradient_checkpointing", "micro_batch_size") for stage in trainers]
+    lengths = [f"{stage}.max_length" for stage in trainers]
+    critic: list[str] = []
+    if "ppo" in stages:
+        exact += ["ppo.loss.gradient_checkpointing", "ppo.loss.micro_batch_size"]
+        critic = ["ppo.critic.kind"]
+    if "ppo" in stages or "reward" in stages:  # which draws answers as PPO will
+        exact.append("ppo.rollout.batch_size")
+        lengths += ["ppo.rollout.max_response_length", "ppo.rollout.max_prompt_length"]
     if "ppo" in stages and config.ppo.loss.ptx_coefficient:
         lengths.append("ppo.loss.ptx_max_length")
     return [*exact, "base.dtype", *critic, *lengths, "adapters.layers", "adapters.rank"]

@@ -66,6 +66,8 @@ def ingest(
         write_directory(to, fill, kind="dataset", stage="ingest", step=0, base_identity="")
         return found[0]
     except OSError as error:
+        if error.filename is not None and f".{to.name}." not in str(error.filename):  # of a source, not of ours
+            raise DataError(f"{error.filename} cannot be read: {error.strerror}; look at its permissions") from None
         raise StorageError(f"cannot write beside {to}: {error}; free space, or choose another folder") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

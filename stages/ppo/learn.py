@@ -96,7 +96,10 @@ class Learner:
         first_ratio_error, stopped = 0.0, False
         with self._actor_critic.gradients(moves_policy=moves_policy):
             for number, minibatch in self._minibatches(len(lesson.rollout.micro_batches), update):
-                step = self._learn_minibatch(lesson, minibatch, number, moves_policy=moves_policy)
+                try:
+                    step = self._learn_minibatch(lesson, minibatch, number, moves_policy=moves_policy)
+                except InvariantError as error:
+                    raise InvariantError(f"ppo update {update + 1}, minibatch {len(seen) + 1}: {error}") from None
                 if not seen:
                     first_ratio_error = step["ratio_error"]
                     _verify_first_ratio(first_ratio_error, self._model)
@@ -160,12 +163,12 @@ class Learner:
             losses = self._policy_losses(out.logprobs_BT, out.entropy_BT, lesson, i, weights_BT) if moves_policy else {}
             if out.values_BT is not None:
                 losses["loss/value"] = self._value_loss(out.values_BT, lesson, i, weights_BT)
-            _backward(self._total(losses))
+            self._backward(losses)
         if critic is not None and critic.has_adapter:
             with model.role(VALUE, train=True):
                 values_BT = value_pass(model, critic.head, mb.batch, is_checkpointed=config.loss.gradient_checkpointing)
                 losses["loss/value"] = self._value_loss(values_BT, lesson, i, weights_BT)
-                _backward(config.critic.coefficient * losses["loss/value"])
+                self._backward({"loss/value": losses["loss/value"]})
         with torch.no_grad():
             clips = {"clip_low": config.loss.clip_low, "clip_high": config.loss.clip_high}
             log_ratio_BT = (out.logprobs_BT - mb.logprobs_BT) * mb.is_response_BT
@@ -202,9 +205,14 @@ class Learner:
         loss_BT = objective.value_loss(values_BT, old_values_BT, lesson.returns[i], clip=self._config.critic.clip)
         return (loss_BT * weights_BT).sum()
 
-    def _total(self, losses: dict[str, Tensor]) -> Tensor | None:
+    def _backward(self, losses: dict[str, Tensor]) -> None:
+        """Add the gradient of their sum, the critic's loss times its coefficient."""
+        bad = {name: loss.item() for name, loss in losses.items() if not torch.isfinite(loss)}
+        if bad:
+            raise InvariantError(f"not finite before the optimizer's step: {bad}; nothing was changed")
         terms = [self._config.critic.coefficient * v if name == "loss/value" else v for name, v in losses.items()]
-        return torch.stack(terms).sum() if terms else None
+        if terms:
+            torch.stack(terms).sum().backward()
 
     def _learn_texts(self, texts: Texts, number: int) -> float:
         """Add the gradient of the language-model loss on some rows; returns the loss, its coefficient included."""
@@ -222,17 +230,9 @@ class Learner:
                     is_checkpointed=loss_config.gradient_checkpointing,
                 )
                 loss = -loss_config.ptx_coefficient * logprobs_N.sum() / num_tokens
-                _backward(loss)
+                self._backward({"loss/ptx": loss})
             total += loss.item()
         return total
-
-
-def _backward(loss: Tensor | None) -> None:
-    if loss is None:
-        return
-    if not torch.isfinite(loss):
-        raise InvariantError(f"the loss is {loss.item()} before the optimizer's step; nothing was changed")
-    loss.backward()
 
 
 def _mean(steps: list[dict[str, float]]) -> dict[str, float]:

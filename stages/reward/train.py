@@ -10,9 +10,9 @@ from torch import Tensor
 
 from align.artifacts import Artifact, write_directory
 from align.config import RewardConfig
-from align.context import RewardInputs, Sampling, StageContext, StageResult, member_suffixes
+from align.context import DIVERGED, RewardInputs, Sampling, StageContext, StageResult, member_suffixes
 from align.episodes import Episode
-from align.errors import DataError
+from align.errors import DataError, InvariantError
 from align.generation import generate
 from align.heads import ScalarHead, ScoreStatistics, save_head
 from align.randomness import keyed_uniforms, stage_seed
@@ -70,6 +70,8 @@ def run_reward(config: RewardConfig, inputs: RewardInputs, context: StageContext
             score(model, member, episodes, pad_id=codec.pad_id, batch_size=context.part_of(config.micro_batch_size))
             for episodes in (evidence.held_out_episodes(), answers)
         )
+        if not (held_out_N.isfinite().all() and answers_M.isfinite().all()):
+            raise InvariantError(f"reward: scores of {member.name} are not finite after its training; {DIVERGED}")
         measured.append(Measured(member, training, held_out_N, answers_M, statistics_of(answers_M)))
     tracker.progress(2, 2, "scores")
 

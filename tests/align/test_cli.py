@@ -83,6 +83,11 @@ def test_check_refuses_a_base_that_a_run_would(recipe: Path, model: str, said: s
         (["run", "CONFIG", "--stage", "ppo", "run.stages=[sft]"], "has only sft"),
         (["run", "CONFIG", "--stage", "dpo"], "dpo"),
         (["run", "CONFIG", "base.model=./nowhere"], "nowhere"),
+        (["check", "CONFIG", f"base.model=./{'n' * 300}"], "is out of reach: File name too long"),
+        (["check", "CONFIG", f"data.sft.train={'n' * 300}"], "is out of reach: File name too long"),
+        (["ingest", "n" * 300, "--to", "set"], "cannot be read: File name too long"),
+        (["inspect", "n" * 300], "File name too long"),
+        (["inspect", "set", "--html", "."], "--html: cannot write .: it is a folder; name a file"),
         (["status", "nowhere"], "there is no run in this folder"),
         (["ingest", "x.jsonl", "--to", "set", "--system-prompt", "S"], "give --tokenizer and --max-length, too"),
         (["ingest", "x.jsonl", "--to", "set", "--address", "auto"], "give --engine ray, too"),
@@ -95,7 +100,17 @@ def test_a_wrong_call_is_one_message_and_exit_code_2(
     assert finished.returncode == 2
     assert said in finished.stderr
     assert "Traceback" not in finished.stderr
-    assert finished.stdout == ""
+    assert finished.stdout == "" or arguments[0] == "check"
+
+
+def test_a_full_disk_below_what_is_said_is_one_message(recipe: Path) -> None:
+    with open("/dev/full", "w") as full:
+        code = f"import sys; sys.path.append({str(ROOT)!r}); from align.cli import main; main()"
+        command = [sys.executable, "-c", code, "check", str(recipe)]
+        finished = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert finished.returncode == 1
+    assert "cannot say what there is to say: [Errno 28] No space left on device" in finished.stderr
+    assert "Traceback" not in finished.stderr
 
 
 def test_the_version_is_the_packages() -> None:

@@ -56,8 +56,6 @@ class Recorder:
 
     def progress(self, status: Status) -> None: ...
 
-    def close(self) -> None: ...
-
 
 def run(
     folder: Path, *overrides: str, display: Recorder | None = None, change: Mapping[str, StageFunction] | None = None,
@@ -157,6 +155,37 @@ def test_the_same_run_again_skips_every_step_and_starts_no_ray(
     assert [text for _, text in display.steps] == ["skip (inputs unchanged)"] * 4
 
 
+def test_what_was_run_on_an_adapter_that_is_brought_is_told_beside_a_stage_that_no_longer_belongs(
+    folder: Path, finished: tuple[Path, dict[str, Any], Recorder]
+) -> None:
+    run(folder, stage="sft")
+    (folder / "brought").mkdir()
+    (folder / "brought" / "adapter_config.json").write_text("another")
+    display = Recorder()
+    overrides = ("run.stages=[reward,ppo]", f"sft.adapter={folder / 'brought'}", "sft.learning_rate=0.1")
+    summary = run(folder, *overrides, display=display)
+    assert summary["run"]["steps"] == ["reward", "ppo", "evaluation"]
+    assert not [note for note in display.notes if note.startswith("warning")]
+
+
+def test_what_stands_by_permission_is_told(folder: Path, finished: tuple[Path, dict[str, Any], Recorder]) -> None:
+    run(folder)
+    run(folder, "sft.learning_rate=0.3", stage="sft")
+    summary = run(folder, "sft.learning_rate=0.3", resume=True, allowed=["input.sft"], stage="reward")
+    assert summary["run"]["steps"] == ["sft", "reward"]
+
+
+def test_the_time_of_what_is_run_again_counts_once(
+    folder: Path, finished: tuple[Path, dict[str, Any], Recorder]
+) -> None:
+    run(folder)
+    path = run_of(folder) / "summary.json"
+    earlier = {**json.loads(path.read_text())}
+    earlier["seconds"] = {"install_excluded_total": 5000.0, "sft": 1000.0, "reward": 10.0, "ppo": 3000.0, "eval": 900.0}
+    path.write_text(json.dumps(earlier))
+    assert 1100 <= run(folder, stage="ppo", fresh=True)["seconds"]["install_excluded_total"] < 1500
+
+
 def test_a_stages_seed_is_made_from_the_runs(
     folder: Path, ray_cluster: None, finished: tuple[Path, dict[str, Any], Recorder]
 ) -> None:
@@ -184,7 +213,7 @@ def test_a_changed_setting_runs_its_step_again_and_what_depends_on_it(folder: Pa
     display = Recorder()
     run(folder, "reward.epochs=2", "sft.learning_rate=0.1", display=display)
     assert [text.split(" ")[0] for _, text in display.steps] == ["run", "run", "run", "run"]
-    assert "its input sft changed" in display.steps[1][1]
+    assert "its input changed (input.sft)" in display.steps[1][1]
 
 
 def test_a_stage_alone_warns_of_settings_that_the_earlier_ones_were_not_run_with(
@@ -206,8 +235,9 @@ def test_a_refused_command_leaves_the_config_of_what_is_there(
     before = (run_of(folder) / "config.yaml").read_text()
     with pytest.raises(AlignError, match="base"):
         run(folder, "base.model=tiny:gpt2", stage="reward")
-    with pytest.raises(UsageError, match=r"--resume refused, sft: config sft\.epochs changed"):
-        run(folder, "sft.epochs=7", resume=True)
+    for section in ("sft", "reward"):
+        with pytest.raises(UsageError, match=rf"--resume refused, {section}: config {section}\.epochs changed"):
+            run(folder, f"{section}.epochs=7", resume=True)
     assert (run_of(folder) / "config.yaml").read_text() == before
 
 

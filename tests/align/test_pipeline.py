@@ -140,7 +140,7 @@ def test_changed_data_and_inputs_are_named_without_their_hashes(tmp_path: Path) 
     config = config_with(tmp_path)
     old = fingerprint("reward", config, base_identity=BASE, data={"data.reward.train": "1"}, inputs={"sft": "1"})
     new = fingerprint("reward", config, base_identity=BASE, data={"data.reward.train": "2"}, inputs={"sft": "2"})
-    assert changes(old, new) == "the rows of data.reward.train changed; its input sft changed"
+    assert changes(old, new) == "the rows of data.reward.train changed; its input changed (input.sft)"
 
 
 def test_an_unchanged_finished_step_is_skipped_with_its_result(tmp_path: Path) -> None:

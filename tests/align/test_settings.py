@@ -70,6 +70,30 @@ def test_an_override_that_needs_quotes_is_shown_as_the_shell_wants_it(recipe: Pa
     assert settings.load(recipe, ['run.name="2024"']).run.name == "2024"
 
 
+@pytest.mark.parametrize("override", ["ppo.updates=yes", "sft.learning_rate=on", "data.sft.train.limit=true"])
+def test_a_truth_value_is_no_number(recipe: Path, override: str) -> None:
+    with pytest.raises(ConfigError, match=rf"override {override}: [\w.]+: True: is no number; YAML reads yes, no"):
+        settings.load(recipe, [override])
+    assert settings.load(recipe, ["sft.gradient_checkpointing=yes"]).sft.gradient_checkpointing
+
+
+def test_what_the_optimizer_would_refuse_is_told_before(recipe: Path) -> None:
+    with pytest.raises(ConfigError, match=r"betas: 1\.0: input should be less than 1"):
+        settings.load(recipe, ["ppo.optimizer.betas=[0.9,1.0]"])
+
+
+def test_a_wrong_entry_of_a_list_is_one_message_and_an_override_gives_all_of_it(recipe: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        settings.load(recipe, ["ppo.rewards.sources=[{kind: function}]"])
+    assert "a reward source of kind function needs function" in str(caught.value)
+    assert "too_short" not in str(caught.value)
+    assert "at least 1 item" not in str(caught.value)
+    with pytest.raises(ConfigError, match="at least 1 item"):
+        settings.load(recipe, ["ppo.rewards.sources=[]"])
+    with pytest.raises(ConfigError, match=r"ppo\.rewards\.sources is a list; give all of it"):
+        settings.load(recipe, ["ppo.rewards.sources.weight=2"])
+
+
 def test_all_wrong_keys_are_told_at_once(recipe: Path) -> None:
     with_text(recipe, "rank: 2", "rank: 0, alfa: 3")
     assert [line.split(": ")[1] for line in message_of(recipe).splitlines()] == ["adapters.rank", "adapters.alfa"]
@@ -98,6 +122,8 @@ def test_a_key_that_stands_twice_is_refused(recipe: Path) -> None:
         ("1: 2\n", "1: unknown key"),
         ("run: {name: a\x07}\n", "not valid YAML: unacceptable character"),
         ("run: {name: 2024-02-30}\n", "not valid YAML: day"),
+        ("run: !!bool foo\n", "not valid YAML: 'foo'"),
+        ("run: !!timestamp foo\n", "not valid YAML: "),
         (
             "run: {name: 2024}\n",
             'run.name: 2024: input should be a valid string; YAML reads it as int, so write it in quotes: "2024"',

@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console, RenderableType
 
-from align.show import BarDisplay, PlainDisplay, QuietDisplay, check_view, state_view, summary_view
+from align.show import BarDisplay, PlainDisplay, QuietDisplay, WhileSeen, check_view, state_view, summary_view
 from align.status import RunState, Status
 
 SUMMARY: dict[str, object] = {
@@ -99,6 +99,23 @@ def test_a_terminal_shows_a_bar_with_what_is_done_and_the_pace() -> None:
     assert "2/4" in text
     assert "1.0/s" in text
     assert "warning: [not markup]" in text
+
+
+def test_where_nobody_sees_it_any_more_it_falls_silent() -> None:
+    class Full(io.StringIO):
+        writes = 0
+
+        def write(self, text: str) -> int:
+            self.writes += 1
+            raise OSError(28, "No space left on device")
+
+    stream = Full()
+    display = WhileSeen(PlainDisplay(stream))
+    display.note("row 1")
+    display.step("sft", "run")
+    display.progress(status(1))
+    display.close()
+    assert stream.writes == 1
 
 
 @pytest.mark.parametrize("kind", ["quiet", "plain", "bar"])

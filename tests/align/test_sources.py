@@ -13,13 +13,25 @@ def function(target: str) -> RewardSourceConfig:
 
 
 def test_a_functions_identity_is_its_modules_contents_without_importing_it(in_folder: Path) -> None:
-    (in_folder / "scoring_of_mine.py").write_text("raise SystemExit\n")
+    (in_folder / "scoring_of_mine.py").write_text("raise SystemExit\nf = max\n")
     first = source_identity(function("scoring_of_mine:f"))
-    (in_folder / "scoring_of_mine.py").write_text("raise SystemExit  # changed\n")
+    (in_folder / "scoring_of_mine.py").write_text("raise SystemExit  # changed\nf = max\n")
     assert source_identity(function("scoring_of_mine:f")) != first
     assert source_identity(function("tests.align.scoring_functions:slow")) == source_identity(
         function("tests.align.scoring_functions:nan")
     )
+
+
+def test_a_module_that_cannot_give_the_function_is_told_without_importing_it(in_folder: Path) -> None:
+    module = in_folder / "scoring_of_mine.py"
+    module.write_text("raise SystemExit\ndef score(prompt, response): ...\n")
+    with pytest.raises(ConfigError, match=rf"scoring_of_mine:scores: {module} has no function scores"):
+        source_identity(function("scoring_of_mine:scores"))
+    module.write_text("from elsewhere import *\n")
+    assert source_identity(function("scoring_of_mine:scores"))
+    module.write_text("def scores(prompt, response:\n")
+    with pytest.raises(ConfigError, match=rf"scoring_of_mine:scores: {module} is not Python"):
+        source_identity(function("scoring_of_mine:scores"))
 
 
 @pytest.mark.parametrize("target", ["nowhere_to_be_found:f", "tests.nowhere:f", "nowhere.at.all:f"])

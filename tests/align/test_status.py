@@ -60,6 +60,15 @@ def test_a_silent_run_whose_driver_lives_is_running(tmp_path: Path) -> None:
     assert read_state(tmp_path, NOW + 1000).state == "stopped"
 
 
+def test_a_run_of_this_machine_that_holds_no_lock_does_not_run(tmp_path: Path) -> None:
+    leave_run(tmp_path)
+    with occupied(tmp_path):
+        assert read_state(tmp_path, NOW).state == "running"
+    assert read_state(tmp_path, NOW).state == "stopped"
+    (tmp_path / ".lock").write_text("pid 7 on another-machine\n")
+    assert read_state(tmp_path, NOW).state == "running"
+
+
 def test_a_run_that_said_why_it_stopped_is_stopped_at_once(tmp_path: Path) -> None:
     leave_run(tmp_path)
     write_end(tmp_path, "out of memory")

@@ -1,5 +1,6 @@
 """A loss that is no number ends a stage at once, with the step and the metric named and nothing of it kept."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,19 @@ def test_a_stage_that_computes_no_number_says_where_and_keeps_no_checkpoint_of_i
             run_ppo(ppo_config(updates=1), ppo_inputs(tmp_path), context)
     assert metrics_of(tmp_path / stage) == []
     assert checkpoint_folders(tmp_path / stage / "checkpoints") == []
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_stage_that_diverges_in_its_last_step_is_not_finished(stage: str, tmp_path: Path) -> None:
+    context = context_of(resident(), tmp_path, stage)
+    settings = {**SMALL, "learning_rate": 1e30}
+    said = "sft: not finite at its end: {'nll_after': nan}" if stage == "sft" else "reward: scores of reward are not"
+    with pytest.raises(InvariantError, match=re.escape(said)):  # noqa: PT012 - one call, of two
+        if stage == "sft":
+            run_sft(SFTConfig.model_validate(settings), SFTInputs(demonstrations(8), demonstrations(2)), context)
+        else:
+            inputs = RewardInputs(None, comparisons(8), comparisons(2, start=8), SAMPLING)
+            run_reward(RewardConfig.model_validate(settings), inputs, context)
 
 
 def test_a_reward_model_that_diverges_says_at_which_step(tmp_path: Path) -> None:

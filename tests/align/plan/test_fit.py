@@ -64,6 +64,12 @@ def test_adapters_on_fewer_layers_may_be_what_makes_it_fit(of_config: object, ad
     assert change.fits
 
 
+def test_the_reward_stages_answers_may_be_what_is_to_be_fewer() -> None:
+    of = config(stages=("reward",), ppo={"rollout": {"batch_size": 4096, "max_response_length": 64}})
+    keys = {setting.partition("=")[0] for change in changes(of, device(of, 0.3)) for setting in change.settings}
+    assert {"ppo.rollout.batch_size", "ppo.rollout.max_response_length"} <= keys
+
+
 def test_no_answer_is_advised_to_be_shorter_than_it_must_be() -> None:
     lengths = {"min_response_length": 100, "max_response_length": 128}
     of = config(stages=("ppo",), reward={"adapter": "adapter"}, ppo={"rollout": {"episodes": 16, **lengths}})
