@@ -92,7 +92,7 @@ def run_pipeline(
     only = [] if stage is None else [f"--stage {stage}"]
     again = " ".join([command, *only, "--resume", *(f"--allow-change {shlex.quote(name)}" for name in allowed)])
     verify_current_folder()
-    with occupied(run), _said_if_stopped(run, again), heard_signals():
+    with occupied(run), _said_if_stopped(run, again), heard_signals(partial(_give_up, run, display, again)):
         if not (resume or fresh or is_in_ray_job()):  # a job that is submitted again goes on: nobody is there to ask
             for step in steps:
                 refuse_unfinished(run / step, command=command, again=again)
@@ -267,6 +267,12 @@ class Watch:
         if status is not None and status != self._seen:
             self._seen = status
             self._display.progress(status)
+
+
+def _give_up(run: Path, display: Display, again: str) -> None:
+    """On a process that is about to end in the middle of it all."""
+    write_end(run, "stopped, and ended without Ray, which did not answer")
+    display.note(f"warning: ended without Ray, which does not answer; what was finished is kept. Continue: {again}")
 
 
 @contextmanager

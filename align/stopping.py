@@ -4,7 +4,7 @@ stages look for as they go."""
 import os
 import signal
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from align.artifacts import writing
 from align.errors import StoppedError, TerminatedError
 
 _FILE = ".stop"
+_LAST_SECONDS = 15.0  # of good order; twice as long as it takes
 
 
 def ask_to_stop(run: Path) -> None:
@@ -29,8 +30,12 @@ def forget_stop(run: Path) -> None:
 
 
 @contextmanager
-def heard_signals() -> Generator[None]:
-    """Ctrl-C and SIGTERM end what is inside in good order; a Ctrl-C after that ends the process at once."""
+def heard_signals(give_up: Callable[[], None] = lambda: None) -> Generator[None]:
+    """Ctrl-C and SIGTERM end what is inside in good order; a Ctrl-C after that ends the process at once.
+
+    Where all processes of a job are told to end, Ray's are gone before us, and calls to them would wait for a minute:
+    after some seconds `give_up` says so, and the process ends without them.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # where no signal comes
         return
@@ -38,14 +43,27 @@ def heard_signals() -> Generator[None]:
     def end_at_once(number: int, frame: object) -> None:
         os._exit(StoppedError.exit_code)
 
+    is_inside = True
+
+    def end_anyway(code: int) -> None:
+        if is_inside:
+            give_up()
+        if is_inside or not threading.main_thread().is_alive():  # or other code of this process goes on
+            os._exit(code)
+
     def end(number: int, frame: object) -> None:
+        code = (StoppedError if number == signal.SIGINT else TerminatedError).exit_code
+        last = threading.Timer(_LAST_SECONDS, end_anyway, [code])
+        last.daemon = True
+        last.start()
         signal.signal(signal.SIGINT, end_at_once)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # or a second one would break off the good order
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(TerminatedError.exit_code)
+        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(code)
 
     before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
+        is_inside = False
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -397,6 +397,26 @@ def test_a_second_sigterm_does_not_break_off_the_good_order() -> None:
     assert signalled_twice(signal.SIGTERM, seconds_to_tidy_up=2) == ("tidy", 143)
 
 
+@pytest.mark.parametrize("where", ["inside", "at exit"])
+def test_where_ray_no_longer_answers_the_process_ends_all_the_same(where: str) -> None:
+    code = f"""
+import atexit, os, signal, time
+import align.stopping
+align.stopping._LAST_SECONDS = 0.5
+if {where == "at exit"}:
+    atexit.register(time.sleep, 600)
+with align.stopping.heard_signals(lambda: print("given up", flush=True)):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(600)
+    finally:
+        time.sleep(600 * {where == "inside"})
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == 143
+    assert ended.stdout == ("given up\n" if where == "inside" else "")
+
+
 def test_what_a_stage_ends_with_as_the_run_is_stopped_is_kept(folder: Path, ray_cluster: None) -> None:
     display = Recorder()
     change = {"reward": fake_stages.ending_once_asked_to_stop}
