@@ -28,7 +28,7 @@ from align.errors import ArtifactError, InvariantError, ModelError
 from align.few_rows import FEW
 from align.layers import DecoderLayers
 from align.logprobs import LMHead
-from align.lora import LoRALinear, lora_config, use_lora_product
+from align.lora import LoRALinear, decoder_layers, lora_config, use_lora_product
 from align.packing import Packings, last_hidden, longest_packed
 from align.randomness import stage_seed
 
@@ -46,7 +46,7 @@ class AdaptedModel:
         self._lora = lora_config(base.model, adapters)
         self._peft: PeftModel | None = None
         self._role: tuple[str, bool] = (RAW_BASE, False)
-        self._decoder = DecoderLayers(self.trunk, is_compiled=False)
+        self._decoder = self._decoder_layers(is_compiled=False)
         self.packings = Packings()  # of what plain layers take
         self.compiled_packings = Packings(stay_packed=True)
         self._list_parameters()
@@ -59,7 +59,12 @@ class AdaptedModel:
                 at_most = min(longest(stay_packed=True), row_attention.LONGEST)
                 self.compiled_packings = Packings(at_most, stay_packed=True)
         if base.is_compiled:
-            self._decoder = DecoderLayers(self.trunk, is_compiled=True)
+            self._decoder = self._decoder_layers(is_compiled=True)
+
+    def _decoder_layers(self, *, is_compiled: bool) -> DecoderLayers:
+        shares_keys = bool(getattr(self.base.model.config.get_text_config(), "num_kv_shared_layers", 0))
+        _, layers = decoder_layers(self.base.model)
+        return DecoderLayers(self.trunk, list(layers), is_compiled=is_compiled, can_skip=not shares_keys)
 
     @property
     def base_identity(self) -> str:
@@ -116,6 +121,11 @@ class AdaptedModel:
         found = [key for key in of_the_base if getattr(config, key) not in (None, "none", [], {})]
         if found:
             raise ArtifactError(f"{folder}: {found[0]} is set; it would change the base itself, which all roles share")
+        if config.init_lora_weights not in (True, False, "gaussian", "orthogonal", "eva"):
+            raise ArtifactError(
+                f"{folder}: init_lora_weights is {config.init_lora_weights!r}; it would change the base itself, which "
+                "all roles share. Save it as a plain LoRA: PEFT's path_initial_model_for_weight_conversion"
+            )
         config.inference_mode = False
         try:
             self._attach(name, config)
@@ -273,8 +283,15 @@ class AdaptedModel:
         return _checksum(self.tensors(name))
 
     def base_checksum(self) -> str:
-        """Of every tensor of the base, its buffers included."""
-        tensors = {**dict(self.base.model.named_parameters()), **dict(self.base.model.named_buffers())}
+        """Of every tensor of the base, its buffers included, but for those that are no part of its weights' files: some
+        architectures make frequencies anew for longer rows."""
+        buffers = {
+            f"{path}.{name}": buffer
+            for path, module in self.base.model.named_modules()
+            for name, buffer in module.named_buffers(recurse=False)
+            if name not in module._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+        }
+        tensors = {**dict(self.base.model.named_parameters()), **buffers}
         # PEFT renames a wrapped layer's own weight; under its first name the sum is the same with and without adapters
         own = {key.replace(".base_layer.", "."): t for key, t in tensors.items() if ".lora_" not in key}
         return _checksum(dict(sorted(own.items())))

@@ -76,14 +76,15 @@ def _attend_rows(
 ) -> tuple[Tensor, None]:
     batch, num_heads, length, _ = query.shape
     num_groups = key.shape[1]
-    if length > 1 or num_heads == num_groups or options.get("position_bias") is not None:
+    is_of_heads = attention_mask is not None and attention_mask.shape[1] > 1
+    if length > 1 or num_heads == num_groups or is_of_heads or options.get("position_bias") is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     grouped = query.view(batch, num_groups, num_heads // num_groups, -1)
     dropout, scale = options.get("dropout", 0.0), options.get("scaling")
     out = torch.nn.functional.scaled_dot_product_attention(
         grouped, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scale
     )
-    return out.view(batch, 1, num_heads, -1), None
+    return out.reshape(batch, 1, num_heads, -1), None  # CUDA has kernels that leave it in another layout
 
 
 def _is_plain(module: nn.Module, mask: Tensor | None, options: dict[str, Any]) -> bool:

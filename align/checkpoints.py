@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from align import native
 from align.artifacts import (
     Artifact,
     checkpoint_folders,
@@ -55,6 +56,7 @@ def environment() -> dict[str, object]:
     return {
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "kernels": native.present(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")},
     }

@@ -29,13 +29,16 @@ class DecoderLayers:
     first ratio is not 1. Each layer's part of it is then cut off and freed at once. Decoding has a graph of its own.
 
     Layers below the first that carries an adapter say the same in every role and epoch. What the last of them said of
-    a batch is kept as long as the tensor of its ids lives, and the next pass over it begins there.
+    a batch is kept as long as the tensor of its ids lives, and the next pass over it begins there; unless upper layers
+    take more of them than that, as keys and values are in Gemma 3n (`can_skip` False).
     """
 
-    def __init__(self, trunk: nn.Module, *, is_compiled: bool) -> None:
-        lists = [module for module in trunk.modules() if isinstance(module, nn.ModuleList)]
-        self.layers = list(max(lists, key=len))
+    def __init__(
+        self, trunk: nn.Module, layers: Sequence[nn.Module], *, is_compiled: bool, can_skip: bool = True
+    ) -> None:
+        self.layers = layers
         self._trunk = trunk
+        self._can_skip = can_skip
         self._num_frozen = 0
         self._said: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._calls: list[_Call] = [layer._call_impl for layer in self.layers]  # pyright: ignore[reportPrivateUsage]
@@ -49,7 +52,7 @@ class DecoderLayers:
         """`adapted`: every module that carries an adapter now, in any layer."""
         carrying = {id(module) for module in adapted}
         has_adapter = [any(id(module) in carrying for module in layer.modules()) for layer in self.layers]
-        self._num_frozen = has_adapter.index(True) if True in has_adapter else 0
+        self._num_frozen = has_adapter.index(True) if True in has_adapter and self._can_skip else 0
         self._said.clear()
 
     def hidden(

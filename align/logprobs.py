@@ -37,7 +37,7 @@ class LMHead:
 
     @staticmethod
     def of(model: PreTrainedModel) -> "LMHead":
-        layer, config = cast(nn.Linear, model.get_output_embeddings()), model.config
+        layer, config = cast(nn.Linear, model.get_output_embeddings()), model.config.get_text_config()
         scale = 1.0
         if getattr(config, "logit_scale", None) is not None:  # Cohere
             scale = config.logit_scale

@@ -16,6 +16,7 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from align import few_rows
@@ -64,7 +65,11 @@ def use_lora_product(model: nn.Module) -> list[LoRALinear]:
 
 
 def lora_config(model: nn.Module, adapters: AdaptersConfig) -> LoraConfig:
-    names, num_layers = _linear_layers(model)
+    path, decoder = decoder_layers(model)
+    linear = {key: name for key, module in decoder.named_modules() if (name := _linear_name(key, module))}
+    names = sorted(set(linear.values()))
+    if not names:
+        raise ModelError("base.model: no linear layers inside its decoder layers were found; LoRA has no place")
     chosen = names
     if isinstance(adapters.targets, tuple):
         chosen = sorted(n for n in names if n in adapters.targets or n.split(".")[-1] in adapters.targets)
@@ -77,9 +82,14 @@ def lora_config(model: nn.Module, adapters: AdaptersConfig) -> LoraConfig:
         raise ConfigError(f"adapters.targets: {adapters.targets} fits no linear layer of this base; it has {names}")
     layers = None
     if adapters.layers != "all":
-        if adapters.layers > num_layers:
-            raise ConfigError(f"adapters.layers: {adapters.layers}, but this base has {num_layers} decoder layers")
-        layers = list(range(num_layers - adapters.layers, num_layers))
+        if adapters.layers > len(decoder):
+            raise ConfigError(f"adapters.layers: {adapters.layers}, but this base has {len(decoder)} decoder layers")
+        layers = list(range(len(decoder) - adapters.layers, len(decoder)))
+    others = [key for key, module in model.named_modules() if not key.startswith(f"{path}.") and _is_linear(module)]
+    if any(f".{key}".endswith(f".{name}") for key in others for name in chosen):  # as in a tower for images: not there
+        numbers = range(len(decoder)) if layers is None else layers
+        wanted = {key for key, name in linear.items() if name in chosen and int(key.partition(".")[0]) in numbers}
+        chosen, layers = [f"{path}.{key}" for key in wanted], None
     return LoraConfig(
         r=adapters.rank,
         lora_alpha=adapters.alpha,  # type: ignore[arg-type]
@@ -91,19 +101,24 @@ def lora_config(model: nn.Module, adapters: AdaptersConfig) -> LoraConfig:
     )
 
 
-def _linear_layers(model: nn.Module) -> tuple[list[str], int]:
-    """The linear layers inside a decoder layer by their last two names ("self_attn.q_proj"), and how many layers."""
-    names: set[str] = set()
-    numbers: set[int] = set()
-    for path, module in model.named_modules():
-        parts = path.split(".")
-        at = next((i for i, part in enumerate(parts) if part.isdigit()), None)
-        if at is not None and isinstance(module, nn.Linear | Conv1D):
-            names.add(".".join(parts[at + 1 :][-2:]))
-            numbers.add(int(parts[at]))
-    if not names:
-        raise ModelError("base.model: no linear layers inside numbered decoder layers were found; LoRA has no place")
-    return sorted(names), max(numbers) + 1
+def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The layers of the text decoder, and where they lie in the model, which may hold other towers. ModelError if there
+    are none."""
+    decoder = cast(PreTrainedModel, model).get_decoder()
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    if not lists:
+        raise ModelError("base.model: no list of decoder layers was found; LoRA has no place")
+    layers = max(lists, key=len)
+    return next(path for path, module in model.named_modules() if module is layers), layers
+
+
+def _linear_name(key: str, module: nn.Module) -> str | None:
+    """Of a linear layer in a list of layers, the last two of its names: "self_attn.q_proj" of "3.self_attn.q_proj"."""
+    return ".".join(key.split(".")[1:][-2:]) if _is_linear(module) else None
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | Conv1D)
 
 
 def _product(

@@ -20,6 +20,7 @@ from align.embedded import cache_folder
 
 _COMPILERS = ("g++", "c++")
 _FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
+_present: set[str] = set()  # what was loaded, by the names of the files
 _AVX512 = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "fma3")
 
 
@@ -27,6 +28,11 @@ def has_avx512() -> bool:
     """Whether this CPU has all that our sources take for granted."""
     capabilities = torch.cpu.get_capabilities()
     return torch.backends.cpu.get_cpu_capability() == "AVX512" and all(capabilities.get(name) for name in _AVX512)
+
+
+def present() -> list[str]:
+    """The libraries of ours that this process computes with: they round otherwise than torch's own operators do."""
+    return sorted(_present)
 
 
 def library(source: Path, *flags: str, loss: str) -> ctypes.CDLL | None:
@@ -65,7 +71,7 @@ def _loaded(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
     key = sha256_of_json([*texts, *command[:-1]])
     path = cache_folder() / f"{source.stem}-{key[:16]}.so"
     with suppress(OSError):  # not there, or damaged
-        return ctypes.CDLL(str(path))
+        return _load(path)
     logging.getLogger(__name__).info("compiling %s once (some 3 s)", source.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
@@ -74,4 +80,10 @@ def _loaded(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
             [*command, "-o", str(made)], check=True, capture_output=True, text=True, errors="replace", timeout=120
         )
         made.replace(path)  # whole or not there
-    return ctypes.CDLL(str(path))
+    return _load(path)
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(path))
+    _present.add(path.name)
+    return found

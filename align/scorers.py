@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from align.errors import ConfigError, ModelError, RewardFunctionError
 
@@ -56,19 +56,25 @@ class Classifier:
         self._model = loaded.to(device).eval().requires_grad_(False)
         self._tokenizer = tokenizer
         self._label = _label_index(loaded.config, label, where)
+        self._is_multi_label = loaded.config.problem_type == "multi_label_classification"
+        self._max_length = _longest(loaded, tokenizer)
         self._sees_prompt = sees_prompt
         self._device = device
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """Scores (B,) float32: log p(label) − log(1 − p(label)), or the one output."""
+        """Scores (B,) float32: log p(label) − log(1 − p(label)), or the one output. Of labels that do not exclude one
+        another, each with a sigmoid of its own, that is the logit. Texts too long for the model are cut off."""
         scores = []
         for start in range(0, len(responses), _BATCH_SIZE):
             chunk = slice(start, start + _BATCH_SIZE)
             texts = (prompts[chunk], responses[chunk]) if self._sees_prompt else (responses[chunk],)
-            encoded = self._tokenizer(*map(list, texts), truncation=True, padding=True, return_tensors="pt")
+            encoded = self._tokenizer(
+                *map(list, texts), truncation=True, max_length=self._max_length, padding=True, return_tensors="pt"
+            )
             logits_BC = self._model(**encoded.to(self._device)).logits.float()
-            scores.append(logits_BC[:, 0] if self._label is None else log_odds(logits_BC, self._label))
+            is_logit = self._is_multi_label or logits_BC.shape[1] == 1
+            scores.append(logits_BC[:, self._label] if is_logit else log_odds(logits_BC, self._label))
         return torch.cat(scores)
 
 
@@ -79,11 +85,23 @@ def log_odds(logits_BC: Tensor, label: int) -> Tensor:
     return logits_BC[:, label] - logits_BC[:, others].logsumexp(-1)
 
 
-def _label_index(config: Any, label: str | None, where: str) -> int | None:
+def _longest(model: Any, tokenizer: Any) -> int | None:
+    """Tokens that the classifier takes; None if neither it nor its tokenizer sets a limit. Tokenizers that know of none
+    say 10³⁰, and RoBERTa's kind counts positions from behind the padding's."""
+    embeddings = getattr(model.base_model, "embeddings", None)
+    positions = getattr(embeddings, "position_embeddings", None)
+    limits = [tokenizer.model_max_length]
+    if isinstance(positions, nn.Embedding):
+        limits.append(positions.num_embeddings - (0 if positions.padding_idx is None else positions.padding_idx + 1))
+    at_most = min(limits)
+    return at_most if at_most < 10**9 else None
+
+
+def _label_index(config: Any, label: str | None, where: str) -> int:
     if config.num_labels == 1:
         if label is not None:
             raise ConfigError(f"{where} has one output and no labels: leave label {label!r} out")
-        return None
+        return 0
     labels = {str(name): int(index) for index, name in config.id2label.items()}
     if label not in labels:
         raise ConfigError(f"{where}: name the label that is the reward; it has {', '.join(labels)}, not {label!r}")

@@ -16,6 +16,7 @@ from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
 from align.adapters import AdaptedModel
+from align.errors import ModelError
 from align.packing import present
 from data.batching import right_pad
 
@@ -150,6 +151,30 @@ class Slots:
     def seen(self) -> int:
         """Columns before the present tokens that their queries see."""
         return 0 if self._entering is not None else self._column - self._first
+
+
+@torch.no_grad()
+def verify_decoding(model: AdaptedModel) -> None:
+    """That a token behind a cached prompt means what it means in a whole row. ModelError if not: an architecture that
+    keeps more than keys and values would otherwise fail, or lie, when the first answers are drawn."""
+    name, ids = type(model.base.model).__name__, tuple(range(1, 9))
+    slots = Slots(model, size=1, max_prompt=len(ids), max_response=1, is_refilled=False)
+    try:
+        slots.enter([ids[:-1]], pad_id=0)
+        ours_H = slots.advance(ids[-1:])[0].float()
+    except Exception as error:  # noqa: BLE001 # whatever a layer makes of a cache that is not its own
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ModelError(
+            f"base.model: {name} cannot decode over keys and values alone ({type(error).__name__}: {reason}); choose a "
+            "base whose layers all attend"
+        ) from None
+    whole_H = model.trunk(input_ids=torch.tensor([ids], device=model.device), use_cache=False).last_hidden_state[0, -1]
+    difference = ((ours_H - whole_H.float()).norm() / whole_H.float().norm()).item()
+    if not difference <= (1e-3 if model.base.dtype == torch.float32 else 0.1):
+        raise ModelError(
+            f"base.model: {name} says something else of a token behind cached keys and values than in a whole row "
+            f"(by {difference:.3g} of it); this architecture is not supported"
+        )
 
 
 @dataclass(frozen=True)

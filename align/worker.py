@@ -79,18 +79,20 @@ class Worker:
         write_messages(self._run, self._import_root)
         keep_stderr(self._run)
         _quiet_libraries()
-        if self._gpus == 0 and self._base_config.device != "cuda":  # Ray leaves them in sight, and others may hold them
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        wants_gpu = self._gpus > 0 or self._base_config.device == "cuda"
+        os.environ["CUDA_VISIBLE_DEVICES"] = _in_sight(os.environ.get("CUDA_VISIBLE_DEVICES"), is_wanted=wants_gpu)
         import torch
 
         from align.adapters import AdaptedModel
         from align.base import load_base
+        from align.slots import verify_decoding
 
         torch.set_num_threads(self._cpus)
         self._shape = _shape(self._base_config, self._adapters_config)
         self._imports_rss_bytes = _rss_bytes()
         with _lack_of_memory_told("loading the base model"):
             self._model = AdaptedModel(load_base(self._base_config), self._adapters_config)
+            verify_decoding(self._model)
         self._checksum = self._model.base_checksum()
         return self._model.base_identity
 
@@ -131,6 +133,12 @@ class Worker:
         dtype = str(model.base.dtype).removeprefix("torch.")
         vitals = _vitals(seconds, dtype, self._imports_rss_bytes, is_on_gpu=model.device.type == "cuda")
         return Outcome(result, vitals, tracker.resumed_seconds, self._shape)
+
+
+def _in_sight(devices: str | None, *, is_wanted: bool) -> str:
+    """Of the GPUs that CUDA_VISIBLE_DEVICES names the first, or none: trainers would spread over all in sight, which
+    Ray leaves there and others may hold."""
+    return ("0" if devices is None else devices.partition(",")[0]) if is_wanted else ""
 
 
 @contextmanager

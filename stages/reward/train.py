@@ -151,8 +151,16 @@ def sample_answers(
 
 
 def statistics_of(scores_M: Tensor) -> ScoreStatistics:
+    """Their mean and spread; for want of a spread 1, as `align.statistics` has it, or a score would be but a sign."""
     std = scores_M.std(unbiased=False).item() if len(scores_M) > 1 else 0.0
-    return ScoreStatistics(scores_M.mean().item(), max(std, 1e-6), len(scores_M))
+    if std < 1e-6:
+        _log.warning(
+            "reward: the scores of %d SFT answers have no spread, so the score keeps its own scale; give data.reward "
+            "more held-out prompts",
+            len(scores_M),
+        )
+        std = 1.0
+    return ScoreStatistics(scores_M.mean().item(), std, len(scores_M))
 
 
 def save_member(measured: Measured, context: StageContext) -> tuple[Artifact, Artifact]:

@@ -1,6 +1,7 @@
 """A BERT-shaped sequence classifier with a tokenizer of its own, in a folder."""
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
@@ -12,7 +13,12 @@ LETTERS = (*SPECIAL, *"abcdefghijklmnopqrstuvwxyz")
 
 
 def write_classifier(
-    folder: Path, *, labels: tuple[str, ...] = ("negative", "positive"), seed: int = 0, letters: bool = False
+    folder: Path,
+    *,
+    labels: tuple[str, ...] = ("negative", "positive"),
+    seed: int = 0,
+    letters: bool = False,
+    problem_type: Literal["multi_label_classification"] | None = None,
 ) -> Path:
     """Random weights; `labels` of one name is a classifier with one output; it reads words, or `letters`."""
     vocabulary = LETTERS if letters else WORDS
@@ -28,6 +34,7 @@ def write_classifier(
     )  # fmt: skip
     config.num_labels, config.initializer_range = len(labels), 0.2  # wide enough that words count
     config.id2label = dict(enumerate(labels))
+    config.problem_type = problem_type
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = BertForSequenceClassification(config)

@@ -288,6 +288,17 @@ def test_an_adapter_that_brings_weights_of_the_base_itself_is_refused(extra: dic
     assert model.base_checksum() == before
 
 
+@pytest.mark.parametrize("way", ["pissa", "olora"])
+def test_an_adapter_whose_making_changes_the_base_is_refused(way: str, tmp_path: Path) -> None:
+    settings = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", init_lora_weights=way)  # type: ignore[arg-type]
+    get_peft_model(resident("llama").base.model, settings).save_pretrained(str(tmp_path))
+    model = resident("llama")
+    before = model.base_checksum()
+    with pytest.raises(ArtifactError, match=f"init_lora_weights is '{way}'; it would change the base itself"):
+        model.load("sft", tmp_path)
+    assert model.base_checksum() == before
+
+
 @pytest.mark.parametrize("place", ["lm_head", "embed_tokens"])
 def test_an_adapter_outside_the_decoder_layers_is_refused(place: str, tmp_path: Path) -> None:
     settings = LoraConfig(r=2, target_modules=["q_proj", place], task_type="CAUSAL_LM")

@@ -28,6 +28,28 @@ def test_grouped_attention_is_that_of_repeated_keys_and_values(
     torch.testing.assert_close(found, expected)
 
 
+def test_grouped_attention_takes_a_mask_of_each_head_and_what_comes_in_another_layout(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    torch.manual_seed(0)
+    query, (key, value) = torch.randn(3, 6, 1, 8), torch.randn(2, 3, 2, 7, 8)
+    module = nn.Module()
+    module.num_key_value_groups, module.is_causal = 3, True  # type: ignore[assignment]
+    of_heads = torch.rand(3, 6, 1, 7) < 0.7
+    of_heads[..., 0] = True
+    expected, _ = sdpa_attention_forward(module, query, key, value, of_heads, scaling=0.3)
+    torch.testing.assert_close(_attend(module, query, key, value, of_heads, scaling=0.3)[0], expected)
+    of_all = of_heads[:, :1]
+    expected, _ = _attend(module, query, key, value, of_all, scaling=0.3)
+    own = torch.nn.functional.scaled_dot_product_attention
+
+    def as_on_cuda(*args: Any, **kwargs: Any) -> Tensor:
+        return own(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", as_on_cuda)
+    torch.testing.assert_close(_attend(module, query, key, value, of_all, scaling=0.3)[0], expected)
+
+
 def test_a_loaded_base_uses_it() -> None:
     assert resident("llama").base.model.config._attn_implementation == "align_sdpa"  # pyright: ignore[reportPrivateUsage]
 

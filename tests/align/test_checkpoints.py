@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import align.checkpoints
+from align import native
 from align.checkpoints import Checkpoint, load_newest, optimizer_tensors, restore_optimizer, save_checkpoint
 from align.errors import ArtifactError
 
@@ -117,8 +118,11 @@ def test_another_environment_is_noted_with_what_differs(tmp_path: Path, monkeypa
     assert notes == [f"resumed under another environment, so not bit-exact: threads: {here['threads']} → 99"]
 
 
-def test_the_environment_holds_what_the_bits_depend_on() -> None:
+def test_the_environment_holds_what_the_bits_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
     here = align.checkpoints.environment()
+    assert here["kernels"] == native.present()
+    monkeypatch.setattr(native, "_present", {"few_rows-0123.so"})
+    assert align.checkpoints.environment()["kernels"] == ["few_rows-0123.so"]
     assert here["threads"] == torch.get_num_threads()
     versions = here["versions"]
     assert isinstance(versions, dict)

@@ -33,7 +33,7 @@ from align.errors import (
 )
 from align.randomness import stage_seed
 from align.status import Status, read_state
-from align.worker import StageFunction, _vitals  # pyright: ignore[reportPrivateUsage]
+from align.worker import StageFunction, _in_sight, _vitals  # pyright: ignore[reportPrivateUsage]
 from tests.align import fake_stages
 from tests.align.recipe import write_recipe, write_rows
 from tests.shell import hear_interrupts
@@ -497,6 +497,14 @@ def test_a_worker_without_a_gpu_of_its_own_sees_none(
     assert summary["sft"]["sees"] == ""
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)  # what others have says nothing of this run's memory
     assert _vitals(1.0, "float32", 0, is_on_gpu=False).peak_device_memory_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("devices", "is_wanted", "seen"),
+    [(None, True, "0"), ("2,3", True, "2"), ("GPU-7f", True, "GPU-7f"), ("", True, ""), ("0,1", False, "")],
+)
+def test_a_worker_sees_one_gpu_at_most(devices: str | None, is_wanted: bool, seen: str) -> None:
+    assert _in_sight(devices, is_wanted=is_wanted) == seen
 
 
 def test_what_ray_cannot_place_is_said(folder: Path, ray_cluster: None) -> None:

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.skipif(not (native.has_avx512() and HAS_COMPILER), reas
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(native, "_present", set[str]())
     monkeypatch.setenv("ALIGN_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "answer.cpp"
     path.write_text('extern "C" int answer() { return ANSWER; }\n')
@@ -28,6 +29,7 @@ def test_what_is_compiled_is_kept_and_another_text_or_flag_is_another(source: Pa
         assert library is not None
         assert library.answer() == answer
     assert len(cached(tmp_path)) == 2
+    assert {path.name for path in cached(tmp_path)} <= set(native.present())
     source.write_text(source.read_text() + "// changed\n")
     assert native.library(source, "-DANSWER=42", loss="slow") is not None
     assert len(cached(tmp_path)) == 3

@@ -38,6 +38,27 @@ def test_a_classifiers_score_is_the_log_odds_of_the_named_label(tmp_path: Path) 
     torch.testing.assert_close(alone, found[1:2])
 
 
+def test_of_labels_that_do_not_exclude_one_another_the_log_odds_are_the_logit(tmp_path: Path) -> None:
+    labels = ("rude", "toxic", "spam")
+    folder = write_classifier(tmp_path, labels=labels, problem_type="multi_label_classification")
+    encoded = AutoTokenizer.from_pretrained(folder)("good day", return_tensors="pt")
+    logits = AutoModelForSequenceClassification.from_pretrained(folder)(**encoded).logits[0]
+    probability = logits.sigmoid()[1].item()
+    score = classifier(folder, "toxic")(["x"], ["good day"])[0].item()
+    assert score == pytest.approx(math.log(probability / (1 - probability)), rel=1e-4)
+    assert score == pytest.approx(logits[1].item())
+
+
+@pytest.mark.parametrize("sees_prompt", [False, True])
+def test_a_text_that_is_too_long_is_cut_off_where_the_classifier_ends(sees_prompt: bool, tmp_path: Path) -> None:
+    folder = write_classifier(tmp_path)  # of 64 positions, with a tokenizer that knows of no limit
+    long, longer = "good " * 62, "good " * 62 + "bad " * 99
+    found = classifier(folder, sees_prompt=sees_prompt)(["", ""], [long, longer])
+    assert found.isfinite().all()
+    if not sees_prompt:
+        assert found[0] == found[1]
+
+
 def test_a_classifier_reads_the_prompt_only_if_asked(tmp_path: Path) -> None:
     folder = write_classifier(tmp_path)
     prompts, texts = ["good", "bad"], ["day", "day"]

@@ -21,7 +21,7 @@ from align.randomness import keyed_uniforms
 from align.restore import ModelState, lent, snapshot
 from data.tokenization import encode_prompt
 from stages.reward.scorer import scorer_on_trunk
-from stages.reward.train import run_reward
+from stages.reward.train import run_reward, statistics_of
 from stages.reward.trainer import ScoreTrainer
 from tests.resident import SHAPES, drawn_episodes, logits_of, resident, with_adapters
 from tests.stages.scenes import SAMPLING, comparisons, context_of, hashes_of, metrics_of
@@ -99,6 +99,13 @@ def test_the_logged_loss_is_the_bradley_terry_loss_of_the_pairs(tmp_path: Path) 
     inputs = RewardInputs(None, comparisons(8), comparisons(8), SAMPLING)
     measured = run(model, tmp_path, inputs=inputs, **whole, learning_rate=1e-9)
     assert logged == pytest.approx(measured.metrics["loss"], abs=1e-4)
+
+
+@pytest.mark.parametrize("scores", [[0.3], [0.3, 0.3, 0.3]])
+def test_scores_without_a_spread_keep_their_own_scale(scores: list[float], caplog: pytest.LogCaptureFixture) -> None:
+    found = statistics_of(torch.tensor(scores))
+    assert (found.mean, found.std) == (pytest.approx(0.3), 1.0)
+    assert f"the scores of {len(scores)} SFT answers have no spread" in caplog.text
 
 
 def test_the_scores_scale_on_sft_answers_is_saved_with_the_head(tmp_path: Path) -> None:
