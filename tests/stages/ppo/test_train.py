@@ -261,7 +261,7 @@ def test_a_reward_model_that_says_nan_stops_the_run(tmp_path: Path, monkeypatch:
         align.rewards, "score_pass", lambda model, head, batch: torch.full((len(batch.ids_BS),), torch.nan)
     )
     model = resident()
-    with pytest.raises(InvariantError, match="ppo update 1, minibatch 1: not finite .*'loss/policy': nan"):
+    with pytest.raises(InvariantError, match=r"ppo update 1, minibatch 1: not finite .*'loss/policy': nan"):
         run(tmp_path, ppo_config(), model=model)
     assert model.checksum("policy") == model.checksum("sft")
 
