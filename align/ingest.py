@@ -13,11 +13,12 @@ from rich.table import Table
 from align.base import load_codec
 from align.config import BaseModelConfig
 from align.driver import Display
-from align.errors import ModelError, UsageError
+from align.errors import ModelError, TerminatedError, UsageError
 from align.fan_out import map_on_cluster
 from align.installation import import_root
 from align.show import printable
 from align.status import Status
+from align.stopping import heard_signals
 from data.ingestion.find import IngestRequest
 from data.ingestion.rules import TokenRule
 from data.ingestion.run import ingest, local_engine
@@ -40,7 +41,11 @@ def run_ingest(
 
     on_cluster = partial(map_on_cluster, address=address, import_root=import_root())
     own = on_cluster if engine == "ray" else local_engine(os.cpu_count() or 1)
-    account = ingest(asked, to, engine=own, note=display.note, on_progress=on_progress)
+    try:
+        with heard_signals():  # or processes that read would be left behind
+            account = ingest(asked, to, engine=own, note=display.note, on_progress=on_progress)
+    except SystemExit:
+        raise TerminatedError("terminated; nothing was written") from None
     return account, _view(account, seconds=time.time() - started)
 
 
@@ -60,6 +65,10 @@ def as_held_out(given: Sequence[str]) -> tuple[float, tuple[str, ...]]:
 def as_columns(columns: str | None) -> tuple[tuple[str, str], ...]:
     """(ours, theirs) of --map."""
     pairs = [part.partition("=") for part in columns.split(",")] if columns is not None else []
+    named = [ours.strip() for ours, _, _ in pairs]
+    twice = next((ours for ours in named if named.count(ours) > 1), None)
+    if twice:
+        raise UsageError(f"--map {columns}: {twice} stands twice; a prompt of several columns is prompt=a+b")
     wrong = [ours for ours, is_there, theirs in pairs if not (ours and is_there and theirs)]
     if wrong:
         raise UsageError(f"--map {columns}: wanted is ours=theirs,ours=theirs and so on; see {wrong[0]!r}")

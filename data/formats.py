@@ -7,7 +7,7 @@ assistant in turns, the user first.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from data.records import (
     Comparison,
@@ -68,16 +68,28 @@ def shorten(value: object) -> str:
 
 
 def demonstration(row: Row, source: str) -> Demonstration | PlainText:
-    """`messages`, or `prompt` + `completion`; in both, every assistant turn is one to learn. Or plain `text`."""
+    """`messages`, or `prompt` + `completion`; in both, every assistant turn is one to learn. Or plain `text`. A row
+    that judges its answer is none of these."""
+    if isinstance(row.get("label"), bool):
+        raise UnfitError("judged answer", "label", f"{row['label']}: a verdict is for reward training")
     if row.get("text") is not None and row.get("messages") is None and row.get("prompt") is None:
         return plain_text(row, source)
     if row.get("messages") is not None:
         field, messages = "messages", _messages(row["messages"], "messages")
+        check_learnt(row["messages"])
     else:
         field = "completion"
         messages = _as_messages(row, "prompt", "user") + _as_messages(row, "completion", "assistant")
     _check_turns(messages, field, last="assistant")
     return Demonstration(messages, source)
+
+
+def check_learnt(messages: object) -> None:
+    """UnfitError for OpenAI's `weight: 0`: every assistant turn of a demonstration is learnt."""
+    for index, item in enumerate(cast(list[object], messages) if isinstance(messages, list) else []):
+        message = cast(Row, item) if isinstance(item, dict) else {}
+        if message.get("role") == "assistant" and message.get("weight") == 0:
+            raise UnfitError("unlearnt turn", f"messages[{index}].weight", "0, where every assistant turn is learnt")
 
 
 def comparison(row: Row, source: str) -> Comparison:
@@ -143,6 +155,8 @@ _PARSERS: Mapping[RecordKind, Callable[[Row, str], Record]] = {
 def _compared_strings(row: Row, chosen: str, rejected: str) -> tuple[tuple[Message, ...], tuple[str, str]]:
     if row.get("prompt") is not None:
         return _as_messages(row, "prompt", "user"), (chosen, rejected)
+    if "prompt" in row:  # what two bare answers begin with is no prompt
+        raise UnfitError("missing field", "prompt", "null, beside answers that are strings")
     if chosen == rejected:
         raise UnfitError("identical pair", "rejected", shorten(rejected))
     border = _common_border(chosen, rejected)
@@ -180,9 +194,22 @@ def _compared_messages(
         # Beside a `prompt`, both may still hold the whole conversation (ultrafeedback_binarized does that).
         prompt = chosen[: _common_length(chosen, rejected)]
         chosen, rejected = chosen[len(prompt) :], rejected[len(prompt) :]
+        if row.get("prompt") is not None:
+            prompt = _of_one_prompt(_as_messages(row, "prompt", "user"), prompt)
     for field, side in (("chosen", chosen), ("rejected", rejected)):
         _check_one_answer(side, field)
     return prompt, (chosen[0].content, rejected[0].content)
+
+
+def _of_one_prompt(given: tuple[Message, ...], common: tuple[Message, ...]) -> tuple[Message, ...]:
+    """What the conversations of both sides have in common, after the system message that stands in their prompt alone.
+    UnfitError if the prompt is neither how that begins nor how it ends."""
+    norms = given[:1] if given and given[0].role == "system" else ()
+    turns, own = ([turn for turn in side if turn.role != "system"] for side in (given, common))
+    said, held = ([(turn.role, turn.content.strip()) for turn in side] for side in (turns, own))
+    if said and said not in (held[: len(said)], held[-len(said) :]):
+        raise UnfitError("prompts differ", "prompt", shorten(f"{turns[-1].content}; where both sides begin otherwise"))
+    return common if common and common[0].role == "system" else (*norms, *common)
 
 
 def _check_one_answer(side: Sequence[Message], field: str) -> None:
@@ -246,6 +273,8 @@ def _messages(value: object, field: str) -> tuple[Message, ...]:
 
 def _message(item: object, field: str) -> Message:
     message: Row = typed(item, dict, field, "not a message")
+    if message.get("tool_calls") or message.get("function_call"):
+        raise UnfitError("role order", field, "calls a tool")
     role, content = present(message, "role"), present(message, "content")
     role = typed(role, str, f"{field}.role", "not a string")
     if role not in _ROLES:

@@ -126,8 +126,12 @@ def as_text(content: bytes | Row | Damage) -> str:
     """The row whole, as it is kept beside the reason for its rejection; what is no UTF-8 as escapes."""
     if isinstance(content, bytes):
         return content.decode("utf-8", errors="backslashreplace")
-    text = content.row if isinstance(content, Damage) else json.dumps(content, ensure_ascii=False, default=str)
-    return escape(text)
+    if isinstance(content, Damage):
+        return escape(content.row)
+    try:
+        return escape(json.dumps(content, ensure_ascii=False, default=str))
+    except RecursionError:  # read further up the stack than it is written
+        return "a deeply nested row"
 
 
 def count_rows(chunk: Chunk) -> int:
@@ -179,14 +183,21 @@ def _as_text_file(path: Path) -> TextIOWrapper:
 def _delimited_rows(path: Path, delimiter: str) -> Iterator[RawRow]:
     csv.field_size_limit(_LONGEST)
     with _as_text_file(path) as text:
-        rows = csv.reader(text, delimiter=delimiter)
+        rows = csv.reader(text, delimiter=delimiter, strict=True)  # or a stray quote would swallow rows
         header = next(rows, None) or []
         repeated = {name for name in header if header.count(name) > 1}
         if repeated:
             raise ValueError(f"the header names {', '.join(sorted(repeated))} more than once")
-        line = rows.line_num
-        for values in rows:
-            first, line = line + 1, rows.line_num
+        values: list[str] | None = []
+        while values is not None:
+            first = rows.line_num + 1
+            try:
+                values = next(rows, None)
+            except csv.Error as error:
+                if "end of data" in str(error):
+                    raise ValueError(f"the quote that opens in line {first} is never closed") from None
+                yield RawRow(first, Damage(f"a quote that does not fit: {error}; a quote in quotes is written twice"))
+                continue
             if values:
                 yield RawRow(first, _row_of(header, values))
 

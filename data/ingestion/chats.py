@@ -6,7 +6,7 @@ or out of order passes as it is, for data.formats to reject with the reason that
 
 from typing import cast
 
-from data.formats import Row, UnfitError, as_text, present, shorten, typed
+from data.formats import Row, UnfitError, as_text, check_learnt, present, shorten, typed
 
 _ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "developer": "system"}
 
@@ -31,16 +31,13 @@ def joined_prompt(row: Row, columns: tuple[str, ...]) -> str:
 
 def picked(row: Row, columns: tuple[str, ...]) -> list[dict[str, object]]:
     """TRL's formats are canonical but for the spelling of messages; what else stands in the row is left behind."""
-    return [{column: canonical_turns(row[column], column) for column in columns if row.get(column) is not None}]
+    return [{column: canonical_turns(row[column], column) for column in columns if column in row}]
 
 
 def trl_messages(row: Row) -> list[dict[str, object]]:
-    """TRL's and OpenAI's. UnfitError for OpenAI's `weight: 0`: every assistant turn of a demonstration is learnt."""
+    """TRL's and OpenAI's, whose weights are looked at before they are left behind."""
     messages = present(row, "messages")
-    for index, item in enumerate(cast(list[object], messages) if isinstance(messages, list) else []):
-        message = cast(Row, item) if isinstance(item, dict) else {}
-        if message.get("role") == "assistant" and message.get("weight") == 0:
-            raise UnfitError("unlearnt turn", f"messages[{index}].weight", "0, where every assistant turn is learnt")
+    check_learnt(messages)
     return [{"messages": canonical_turns(messages, "messages")}]
 
 

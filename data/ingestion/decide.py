@@ -75,7 +75,7 @@ def _decide_part(keys: NDArray[np.void], rows: Rows, decisions: Decisions) -> No
     is_again[order[1:]] = keys["content"][order[1:]] == keys["content"][order[:-1]]
     decisions.reject(rows[is_again], DUPLICATE)
     decisions.reject(rows[_is_contradicted(keys, ~is_again)], CONTRADICTORY)
-    held_out = np.unique(keys["prompt"][is_held_out])
+    held_out = np.unique(keys["prompt"][is_held_out & (decisions.reason[rows] == KEPT)])
     decisions.reject(rows[~is_held_out & np.isin(keys["prompt"], held_out)], LEAKAGE)
 
 

@@ -1,8 +1,9 @@
 """What goes in: files and hub data sets, the shape that the rows of each are read as, the pieces they are cut into."""
 
+import difflib
 import glob
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import cast
 
 from align.config import SourceConfig
 from align.errors import DataError, UsageError
-from data.formats import UnfitError, escape
+from data.formats import UnfitError, escape, shorten
+from data.ingestion.flat import split_columns
 from data.ingestion.rules import SourceFile, TokenRule
 from data.ingestion.shapes import ROWS_LOOKED_AT, SHAPES, Row, Shape, detect, mapped
 from data.ingestion.sift import Piece
@@ -63,7 +65,8 @@ def find_pieces(asked: IngestRequest, scratch: Path, note: Callable[[str], None]
     for number, is_held_out, source in named:
         for name, path in _files(source, scratch):
             chunks = cut(path.absolute())  # workers may have another current folder
-            file = SourceFile(name, number, forced or _detect(name, chunks), is_held_out)
+            _verify_columns(name, chunks, dict(asked.columns))
+            file = SourceFile(name, number, forced or _detect(name, chunks), is_held_out, is_detected=forced is None)
             note(f"warning: {name} is empty" if path.stat().st_size == 0 else f"{name}: {file.shape.name}")
             pieces += [Piece(len(pieces) + n, file, chunk, scratch) for n, chunk in enumerate(chunks)]
     return pieces
@@ -110,9 +113,25 @@ def _files(source: str, scratch: Path) -> list[tuple[str, Path]]:
     return found
 
 
-def _detect(name: str, chunks: Sequence[Chunk]) -> Shape:
+def _first_rows(chunks: Sequence[Chunk]) -> list[Row]:
     decoded = (decode(raw) for chunk in chunks for raw in raw_rows(chunk))
-    rows = list(islice((row for row in decoded if not isinstance(row, Damage)), ROWS_LOOKED_AT))
+    return list(islice((row for row in decoded if not isinstance(row, Damage)), ROWS_LOOKED_AT))
+
+
+def _verify_columns(name: str, chunks: Sequence[Chunk], columns: Mapping[str, str]) -> None:
+    """UsageError for a column of --map that none of the first rows has: what is optional would be left out unsaid."""
+    rows = _first_rows(chunks) if columns else []
+    found = dict.fromkeys(key for row in rows for key in row)
+    for target, source in columns.items():
+        unknown = [column for column in split_columns(source) if column not in found] if rows else []
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], found, n=1)
+            meant = f"did you mean {near[0]}?" if near else f"it has {', '.join(found)}"
+            raise UsageError(f"--map {target}={source}: {name} has no column {unknown[0]}; {shorten(meant)}")
+
+
+def _detect(name: str, chunks: Sequence[Chunk]) -> Shape:
+    rows = _first_rows(chunks)
     return detect(rows, where=name) if rows else _NO_SHAPE
 
 

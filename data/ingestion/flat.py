@@ -94,7 +94,7 @@ def as_number(value: object, field: str) -> float | None:
 
 def _better(value: object, columns: Mapping[str, str]) -> float:
     """0 if the first is better, 1 if the second is, 0.5 for a tie."""
-    words = {columns["first"]: 0, columns["second"]: 1, "tie": 0.5, "0": 0, "1": 1, "0.0": 0, "1.0": 1}
+    words = {"tie": 0.5, "0": 0, "1": 1, "0.0": 0, "1.0": 1, columns["first"]: 0, columns["second"]: 1}
     better = words.get(value.strip()) if isinstance(value, str) else value
     # true could mean the first as well as number 1, so it means neither
     if isinstance(better, bool) or not isinstance(better, int | float) or better not in (0, 0.5, 1):

@@ -98,13 +98,19 @@ def _hash_of(word: str) -> int:
     return xxh3_64_intdigest(word.encode())
 
 
+def _marked(text: str) -> str:
+    """Of words that are like no unmarked ones."""
+    return " ".join(f"\x01{word}" for word in normalize(text).split())
+
+
 def _rest(record: Record) -> str:
     match record:
         case Comparison():
-            rejected = [f"\x01{word}" for word in normalize(record.rejected).split()]  # no likeness of A > B with B > A
-            return " ".join([normalize(record.chosen), *rejected])
+            sides = (record.chosen, record.rejected)
+            better, worse = sides if record.preference >= 0.5 else sides[::-1]
+            return f"{normalize(better)} {_marked(worse)}"  # no likeness of A > B with B > A
         case Verdict():
-            return normalize(record.response)
+            return normalize(record.response) if record.is_good else _marked(record.response)
         case Demonstration():
             return " ".join(normalize(message.content) for message in record.messages)
         case _:

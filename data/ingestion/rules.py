@@ -58,3 +58,4 @@ class SourceFile:
     source: int  # of which SOURCE
     shape: Shape
     is_held_out: bool = False
+    is_detected: bool = False  # the shape, from most of the first rows: others may have another

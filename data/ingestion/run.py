@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -37,13 +37,13 @@ def ingest(
         UsageError: there is something at `to` already, or the settings do not fit together.
         StorageError: the disk is full, or `to` cannot be written.
     """
-    if to.exists():
-        raise UsageError(f"{to} is there already: ingest into another folder, or remove it first")
+    _verify_free(to)
     scratch = to.absolute().with_name(f".{to.name}.{os.getpid()}.scratch")
     try:
         _clear_what_the_dead_left(to)
         scratch.mkdir(parents=True)
         pieces = find_pieces(asked, scratch, note)
+        states = {piece.chunk.path: _state(piece.chunk.path) for piece in pieces}
         is_near_wanted = asked.near_threshold is not None
         rules = RowRules(common_kind(pieces), asked.seed, asked.keep_ties, asked.tokens, is_near_wanted)
         sifted: list[Sifted] = []
@@ -59,6 +59,8 @@ def ingest(
 
         def fill(folder: Path) -> None:
             tally = write_rows(folder, rules.kind, sifted, decisions, on_progress)
+            _verify_unchanged(states)
+            _verify_free(to)
             if not tally.kept.total():
                 raise DataError(_reasons(tally))
             found.append(write_words(folder, tally, describe(asked, rules.kind, pieces)))
@@ -71,6 +73,23 @@ def ingest(
         raise StorageError(f"cannot write beside {to}: {error}; free space, or choose another folder") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _verify_free(to: Path) -> None:
+    if os.path.lexists(to):
+        raise UsageError(f"{to} is there already: ingest into another folder, or remove it first")
+
+
+def _state(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+def _verify_unchanged(states: Mapping[Path, tuple[int, int]]) -> None:
+    """DataError if a source was written to: rejected rows are read a second time, to be given whole."""
+    for path, state in states.items():
+        if _state(path) != state:
+            raise DataError(f"{path} was changed while it was read; nothing was written. Ingest it again")
 
 
 def _warn(sifted: Sequence[Sifted], note: Callable[[str], None]) -> None:

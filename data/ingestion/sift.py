@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from data.formats import UnfitError, parse_row, shorten
 from data.ingestion.near import signatures
 from data.ingestion.rules import IDENTICAL, TIE, RowRules, SourceFile
+from data.ingestion.shapes import SHAPES
 from data.ingestion.tables import REJECTS, SCHEMAS, table_of
 from data.ingestion.tokens import TokenGate
 from data.readers import CHUNK_BYTES, Chunk, Damage, RawRow, as_text, count_rows, decode, raw_rows
@@ -134,6 +135,12 @@ def _records(raw: RawRow, source: SourceFile, rules: RowRules) -> Iterator[Recor
     if isinstance(row, Damage):
         yield Reject("", "malformed", "", shorten(row.detail))
         return
+    if source.is_detected and not source.shape.matches(row):
+        other = next((name for name, shape in SHAPES.items() if shape.matches(row)), None)
+        if other is not None:
+            detail = f"this row is {other}, the file {source.shape.name}; put such rows into a file of their own"
+            yield Reject("", "another shape", "", shorten(detail))
+            return
     try:
         rows = source.shape.convert(row)
     except UnfitError as unfit:
@@ -173,7 +180,9 @@ def _keys(records: Sequence[Record], seed: int) -> tuple[list[str], NDArray[np.v
         for text in ("\x1e".join(f"{turn.role}\x1f{turn.content}" for turn in turns), *sides):
             content.update(_digest(text))
         prompt, digests = normalized_prompt(record), [_digest(normalize(text)) for text in sides]
-        pair = blake2b(_digest(prompt) + b"".join(sorted(digests)), digest_size=8).digest()
+        # Under other norms another answer may be the better one
+        norms = _digest(normalize(turns[0].content)) if turns and turns[0].role == "system" else b""
+        pair = blake2b(_digest(prompt) + norms + b"".join(sorted(digests)), digest_size=8).digest()
         if isinstance(record, Comparison) and digests[0] > digests[1]:
             side = -side
         hashes.append(content.hexdigest())

@@ -142,7 +142,7 @@ def _read_again(piece: Piece, among: Sequence[tuple[int, str]]) -> Iterator[dict
     raw = next(rows, None)
     for line, reason in among:
         while raw is not None and raw.line < line:
-            raw = next(rows)
+            raw = next(rows, None)
         text = as_text(raw.content) if raw is not None else ""
         yield {"line": line, "reason": reason, "field": "", "detail": "", "row": text}
 

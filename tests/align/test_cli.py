@@ -84,7 +84,7 @@ def test_check_refuses_a_base_that_a_run_would(recipe: Path, model: str, said: s
         (["run", "CONFIG", "--stage", "dpo"], "dpo"),
         (["run", "CONFIG", "base.model=./nowhere"], "nowhere"),
         (["check", "CONFIG", f"base.model=./{'n' * 300}"], "is out of reach: File name too long"),
-        (["check", "CONFIG", f"data.sft.train={'n' * 300}"], "is out of reach: File name too long"),
+        (["check", "CONFIG", f"data.sft.train={'n' * 300}"], "it cannot be read: File name too long"),
         (["ingest", "n" * 300, "--to", "set"], "cannot be read: File name too long"),
         (["inspect", "n" * 300], "File name too long"),
         (["inspect", "set", "--html", "."], "--html: cannot write .: it is a folder; name a file"),
