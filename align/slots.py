@@ -157,7 +157,8 @@ class Slots:
 def verify_decoding(model: AdaptedModel) -> None:
     """That a token behind a cached prompt means what it means in a whole row. ModelError if not: an architecture that
     keeps more than keys and values would otherwise fail, or lie, when the first answers are drawn."""
-    name, ids = type(model.base.model).__name__, tuple(range(1, 9))
+    name, vocabulary = type(model.base.model).__name__, int(model.base.model.config.get_text_config().vocab_size)
+    ids = tuple(number * vocabulary // 9 for number in range(1, 9))  # the first ones are special, and ill-conditioned
     slots = Slots(model, size=1, max_prompt=len(ids), max_response=1, is_refilled=False)
     try:
         slots.enter([ids[:-1]], pad_id=0)
@@ -170,7 +171,8 @@ def verify_decoding(model: AdaptedModel) -> None:
         ) from None
     whole_H = model.trunk(input_ids=torch.tensor([ids], device=model.device), use_cache=False).last_hidden_state[0, -1]
     difference = ((ours_H - whole_H.float()).norm() / whole_H.float().norm()).item()
-    if not difference <= (1e-3 if model.base.dtype == torch.float32 else 0.1):
+    # Rounding in bfloat16 makes some 0.01 of it; without what is cached it would be about 1
+    if not difference <= (1e-3 if model.base.dtype == torch.float32 else 0.5):
         raise ModelError(
             f"base.model: {name} says something else of a token behind cached keys and values than in a whole row "
             f"(by {difference:.3g} of it); this architecture is not supported"
