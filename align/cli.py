@@ -25,8 +25,9 @@ app = typer.Typer(
 ConfigFile = Annotated[Path, typer.Argument(help="A YAML file.", show_default=False)]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value ...", show_default=False)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Only warnings and the final table.")]
-_OUT_OF_REACH = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on stdout; all else goes to stderr.")]
+
+_OUT_OF_REACH = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 
 @contextmanager

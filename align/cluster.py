@@ -3,7 +3,6 @@
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,29 +166,25 @@ class Cluster:
         try:
             ask_to_stop(self._run)
         except StorageError as why:
-            self._say(f"warning: {doing} cannot be asked to stop: {why}")
+            self._note(f"warning: {doing} cannot be asked to stop: {why}")
             raise stop from None
-        self._say(
+        self._note(
             f"stopping: {doing} has up to {_STOP_SECONDS:g} s to save its last update; a second Ctrl-C ends at once"
         )
         if not ray.wait([reference], timeout=_STOP_SECONDS)[0]:
-            self._say(f"warning: {doing} did not come to a place to stop at: what its checkpoints hold is kept")
+            self._note(f"warning: {doing} did not come to a place to stop at: what its checkpoints hold is kept")
             raise stop
         try:
             outcome: Any = ray.get(reference)
         except RayError as error:
             cause = getattr(error, "cause", error)
             if not isinstance(cause, StoppedError):
-                self._say(
+                self._note(
                     f"warning: {doing} failed as it was stopped: {condense(cause)} (all of it: {self._save(error)})"
                 )
             raise stop from None
         self._stop = stop
         return outcome
-
-    def _say(self, text: str) -> None:
-        with suppress(OSError):  # who reads may have been interrupted, too, and be gone
-            self._note(text)
 
     def end_if_stopped(self) -> None:
         """Raise what `run` heard while a stage was at its end, now that its result is kept."""

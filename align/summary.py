@@ -15,6 +15,7 @@ from align.pipeline import StepName, steps_to_do
 from align.worker import Outcome
 
 _SECTIONS = {"sft": "sft", "reward": "reward", "ppo": "ppo", "evaluation": "eval"}
+_TOTAL = "install_excluded_total"  # of the seconds
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "ray", "datasets", "align")
 
 
@@ -36,7 +37,7 @@ class Journal:
         """A step that this command has run, or has brought to its end."""
         self._num_run += 1
         self._resumed_seconds += outcome.resumed_seconds
-        self._earlier_seconds["install_excluded_total"] -= self._earlier_seconds.pop(_SECTIONS[step], 0.0)
+        self._earlier_seconds[_TOTAL] -= self._earlier_seconds.pop(_SECTIONS[step], 0.0)
 
     def record(self, step: StepName) -> None:
         """`step` stands: its result is new, or is kept by this command. Of others those that were made from what
@@ -46,7 +47,7 @@ class Journal:
         now = time.monotonic() - self._started + self._resumed_seconds
         # Results of earlier commands bring the time that these took; what was run again is not counted twice.
         is_whole = self._num_run == len(finished)
-        total = now if is_whole else self._earlier_seconds["install_excluded_total"] + (now if self._num_run else 0.0)
+        total = now if is_whole else self._earlier_seconds[_TOTAL] + (now if self._num_run else 0.0)
         self.summary = summarize(
             self._config, finished, base_identity=self._base_identity, total_seconds=round(total, 2)
         )
@@ -58,9 +59,9 @@ def _earlier_seconds(run: Path) -> dict[str, float]:
     """By section, and their total. Of a summary that is not there, or not whole, nothing: it is written anew."""
     try:
         said = cast(Any, read_json(run / "summary.json"))["seconds"]
-        return {"install_excluded_total": 0.0, **{str(name): float(value) for name, value in said.items()}}
+        return {_TOTAL: 0.0, **{str(name): float(value) for name, value in said.items()}}
     except (ArtifactError, KeyError, TypeError, ValueError, AttributeError):
-        return {"install_excluded_total": 0.0}
+        return {_TOTAL: 0.0}
 
 
 def summarize(
@@ -68,7 +69,7 @@ def summarize(
 ) -> dict[str, object]:
     """The numbers of a run, nested. Steps that have not finished have no section."""
     vitals = [step.vitals for step in finished.values()]
-    seconds: dict[str, float] = {"install_excluded_total": total_seconds}
+    seconds: dict[str, float] = {_TOTAL: total_seconds}
     summary: dict[str, object] = {
         "run": {"name": config.run.name, "seed": config.run.seed, "steps": list(finished)},
         "base": {

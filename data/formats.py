@@ -261,6 +261,11 @@ def as_text(value: object, field: str) -> str:
     return text
 
 
+def check_no_tools(message: Row, field: str) -> None:
+    if message.get("tool_calls") or message.get("function_call"):
+        raise UnfitError("role order", field, "calls a tool")
+
+
 def _as_messages(row: Row, field: str, role: Role) -> tuple[Message, ...]:
     value = present(row, field)
     return (Message(role, as_text(value, field)),) if isinstance(value, str) else _messages(value, field)
@@ -273,8 +278,7 @@ def _messages(value: object, field: str) -> tuple[Message, ...]:
 
 def _message(item: object, field: str) -> Message:
     message: Row = typed(item, dict, field, "not a message")
-    if message.get("tool_calls") or message.get("function_call"):
-        raise UnfitError("role order", field, "calls a tool")
+    check_no_tools(message, field)
     role, content = present(message, "role"), present(message, "content")
     role = typed(role, str, f"{field}.role", "not a string")
     if role not in _ROLES:

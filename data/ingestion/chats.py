@@ -6,7 +6,7 @@ or out of order passes as it is, for data.formats to reject with the reason that
 
 from typing import cast
 
-from data.formats import Row, UnfitError, as_text, check_learnt, present, shorten, typed
+from data.formats import Row, UnfitError, as_text, check_learnt, check_no_tools, present, shorten, typed
 
 _ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "developer": "system"}
 
@@ -93,8 +93,7 @@ def _canonical_turn(item: object, field: str) -> object:
     message = cast(Row, item)
     role = message.get("role") if message.get("role") is not None else message.get("from")
     content = message.get("content") if message.get("content") is not None else message.get("value")
-    if message.get("tool_calls") or message.get("function_call"):
-        raise UnfitError("role order", field, "calls a tool")
+    check_no_tools(message, field)
     if isinstance(content, list):
         content = "".join(_part(part, f"{field}.content") for part in cast(list[object], content))
     return {"role": _ROLES.get(role, role) if isinstance(role, str) else role, "content": content}

@@ -207,12 +207,14 @@ class Learner:
 
     def _backward(self, losses: dict[str, Tensor]) -> None:
         """Add the gradient of their sum, the critic's loss times its coefficient."""
-        bad = {name: loss.item() for name, loss in losses.items() if not torch.isfinite(loss)}
-        if bad:
-            raise InvariantError(f"not finite before the optimizer's step: {bad}; nothing was changed")
         terms = [self._config.critic.coefficient * v if name == "loss/value" else v for name, v in losses.items()]
-        if terms:
-            torch.stack(terms).sum().backward()
+        if not terms:
+            return
+        total = torch.stack(terms).sum()
+        if not torch.isfinite(total):
+            said = {name: loss.item() for name, loss in losses.items()}
+            raise InvariantError(f"not finite before the optimizer's step: {said}; nothing was changed")
+        total.backward()
 
     def _learn_texts(self, texts: Texts, number: int) -> float:
         """Add the gradient of the language-model loss on some rows; returns the loss, its coefficient included."""

@@ -17,7 +17,7 @@ import align.driver
 from align import settings
 from align.artifacts import read_json
 from align.cluster import Cluster
-from align.driver import run_pipeline
+from align.driver import Display, run_pipeline
 from align.errors import (
     AlignError,
     ConfigError,
@@ -32,6 +32,7 @@ from align.errors import (
     WorkerError,
 )
 from align.randomness import stage_seed
+from align.show import QuietDisplay, WhileSeen
 from align.status import Status, read_state
 from align.worker import StageFunction, _in_sight, _vitals  # pyright: ignore[reportPrivateUsage]
 from tests.align import fake_stages
@@ -58,7 +59,7 @@ class Recorder:
 
 
 def run(
-    folder: Path, *overrides: str, display: Recorder | None = None, change: Mapping[str, StageFunction] | None = None,
+    folder: Path, *overrides: str, display: Display | None = None, change: Mapping[str, StageFunction] | None = None,
     **flags: Any,
 ) -> dict[str, Any]:  # fmt: skip
     config = settings.load(folder / "small.yaml", [f"run.root={folder / 'runs'}", "cluster.cpus=1", *overrides])
@@ -446,14 +447,14 @@ def test_a_stage_that_fails_as_it_is_stopped_is_told_of(folder: Path, ray_cluste
 
 
 def test_a_reader_that_is_gone_does_not_keep_a_stage_from_being_asked_to_stop(folder: Path, ray_cluster: None) -> None:
-    class Gone(Recorder):
+    class Gone(QuietDisplay):
         def note(self, text: str) -> None:
             if text.startswith("stopping"):
                 raise BrokenPipeError
 
     change = {"reward": fake_stages.ending_once_asked_to_stop}
     with interrupted_once((run_of(folder) / "reward" / "waiting").exists), pytest.raises(StoppedError):
-        run(folder, display=Gone(), change=change)
+        run(folder, display=WhileSeen(Gone()), change=change)
     assert (run_of(folder) / "reward" / "result.json").exists()
 
 
