@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from align.artifacts import Artifact, writing
+from align.artifacts import Artifact, write_directory, writing
 from align.config import RewardsConfig, RolloutConfig
-from align.errors import ConfigError, DataError, InvariantError, StoppedError
+from align.errors import DIVERGED, ConfigError, DataError, InvariantError, StoppedError
 from align.stopping import is_asked_to_stop
 from align.tracking import Tracker
 from data.records import Account, Comparison, Demonstration, PlainText, Prompt, Reject, Verdict
@@ -17,8 +17,6 @@ from data.rejects import check_rate, describe, write_rejects
 
 if TYPE_CHECKING:
     from align.adapters import AdaptedModel  # the driver builds inputs from these records without torch
-
-DIVERGED = "the training has diverged: lower its learning rate, and start the stage anew with --fresh"
 
 
 @dataclass(frozen=True)
@@ -50,14 +48,21 @@ class StageContext:
     max_reject_rate: float
     resume: bool = False
     split: int = 1  # parts that a micro-batch is computed in, since memory did not do for it whole; divides its size
-    rank: int = 0
-    world_size: int = 1
 
     def stop_if_asked(self, save: Callable[[], None] = lambda: None) -> None:
         """StoppedError if the driver has asked for it, once `save` has kept what else would be lost."""
         if is_asked_to_stop(self.folder.parent):
             save()
             raise StoppedError(f"{self.folder.name} stopped as it was asked to")
+
+    def progress(self, doing: str) -> Callable[[int, int], None]:
+        """Takes (done, total), and heeds the driver: StoppedError if it has asked to stop."""
+
+        def on_progress(done: int, total: int) -> None:
+            self.stop_if_asked()
+            self.tracker.progress(done, total, doing)
+
+        return on_progress
 
     def part_of(self, batch_size: int) -> int:
         """What is computed at once of a batch."""
@@ -95,6 +100,11 @@ class StageContext:
         else:
             self.model.load("sft", artifact.path)
 
+    def write(self, name: str, kind: str, fill: Callable[[Path], None], *, step: int) -> Artifact:
+        """Let `fill` write an artifact of this stage into its folder."""
+        base, stage = self.model.base_identity, self.folder.name
+        return write_directory(self.folder / name, fill, kind=kind, stage=stage, step=step, base_identity=base)
+
     def set_aside(self, what: str, rows_in: int, rejects: list[Reject]) -> Account:
         """Account for rows that did not fit once they were tokenized: into <stage>/rejects-<what>-tokens.jsonl.
 
@@ -104,9 +114,8 @@ class StageContext:
         account = Account.of(rows_in, rejects)
         logging.getLogger(__name__).info("%s: %s, once tokenized: %s", self.folder.name, what, describe(account))
         path = self.folder / f"rejects-{what}-tokens.jsonl"
-        if self.rank == 0:
-            with writing(path):
-                write_rejects(path, rejects)
+        with writing(path):
+            write_rejects(path, rejects)
         check_rate(account, rejects, max_rate=self.max_reject_rate, what=f"{what} (tokenized)", rejects_path=path)
         if account.kept == 0:
             raise DataError(f"{what}: no row is left after tokenization: {describe(account)}; see {path}")

@@ -7,6 +7,7 @@ position prompt_length + t − 1. Only response tokens go through the LM head, a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -35,13 +36,13 @@ class EpisodeBatch:
     prompt_length_B: Tensor  # int64
     response_length_B: Tensor  # int64, at least 1
 
-    @property
+    @cached_property
     def is_response_BT(self) -> Tensor:
         """bool (B, T), T the longest response of this batch."""
         length = int(self.response_length_B.max())
         return torch.arange(length, device=self.ids_BS.device)[None] < self.response_length_B[:, None]
 
-    @property
+    @cached_property
     def response_positions_BT(self) -> Tensor:
         """int64 (B, T): where each response token stands in ids_BS; past the response, its last token's place."""
         steps = torch.arange(int(self.response_length_B.max()), device=self.ids_BS.device)[None]

@@ -5,6 +5,8 @@
 the message.
 """
 
+DIVERGED = "the training has diverged: lower its learning rate, and start the stage anew with --fresh"
+
 
 class AlignError(Exception):
     """A run failed in a way that we can name."""

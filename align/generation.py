@@ -52,16 +52,14 @@ def generate(
     *,
     sampling: Sampling,
     uniforms_BT: np.ndarray,
-    on_progress: Callable[[int, int], None] | None = None,
-    on_step: Callable[[], None] = lambda: None,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Response]:
     """One response to each prompt, under the present role. Equal prompts side by side are prefilled once.
 
     Args:
         prompts: token ids, each at least one.
         uniforms_BT: float64 in [0, 1), shape (len(prompts), max_response_length).
-        on_progress: called with (responses done, responses in all).
-        on_step: called before each token; it may raise.
+        on_progress: called with (responses done, responses in all) before each token and at the end; it may raise.
     """
     waiting = deque(range(len(prompts)))
     size = min(sampling.batch_size, len(prompts))
@@ -76,7 +74,7 @@ def generate(
     done: dict[int, Response] = {}
     eos = torch.tensor(codec.eos_ids, device=model.device)
     while rows or waiting:
-        on_step()
+        on_progress(len(done), len(prompts))
         entering = _next_to_enter(waiting, prompts, free=size - len(rows), size=size)
         if entering:
             stepping = [_Row(number) for number in entering]
@@ -90,8 +88,7 @@ def generate(
         if any(is_done):
             done |= {row.number: row.response() for row, over in zip(rows, is_done, strict=True) if over}
             rows = [rows[slot] for slot in slots.leave(is_done)]
-            if on_progress is not None:
-                on_progress(len(done), len(prompts))
+    on_progress(len(done), len(prompts))
     return [done[number] for number in range(len(prompts))]
 
 

@@ -34,3 +34,15 @@ def permutation(seed: int, purpose: str, *parts: int, size: int) -> list[int]:
     """A keyed shuffle of range(size)."""
     generator = np.random.Generator(np.random.Philox(key=key_of(seed, purpose, *parts)))
     return [int(i) for i in generator.permutation(size)]
+
+
+def drawn_indices(seed: int, purpose: str, turn: int, *, num_drawn: int, size: int) -> list[int]:
+    """Which of `size` rows the turn draws (prompts: an update's): epoch after epoch through keyed shuffles of all."""
+    indices = []
+    shuffles: dict[int, list[int]] = {}
+    for number in range(turn * num_drawn, (turn + 1) * num_drawn):
+        epoch, place = divmod(number, size)
+        if epoch not in shuffles:
+            shuffles[epoch] = permutation(seed, purpose, epoch, size=size)
+        indices.append(shuffles[epoch][place])
+    return indices

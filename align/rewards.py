@@ -14,7 +14,6 @@ from align.errors import ArtifactError
 from align.heads import ScalarHead, ScoreStatistics, load_head
 from align.scorers import Classifier, RewardFunction
 from data.batching import prompt_sorted_batches
-from data.records import Message
 from data.tokenization import Codec, decode_response
 
 REWARD = "reward"
@@ -58,14 +57,6 @@ class RewardSources:
         """The weighted sum, each source first by its own scale: (B,)."""
         terms = [s.weight * ((by_name[s.name] - s.scale.mean) / s.scale.std) for s in self.sources]
         return torch.stack(terms).sum(0)
-
-
-def text_of(prompt: Sequence[Message]) -> str:
-    """A prompt as a scorer reads it: the user's words, or of several turns each with its role before it."""
-    turns = [message for message in prompt if message.role != "system"]
-    if len(turns) == 1:
-        return turns[0].content
-    return "\n".join(f"{turn.role}: {turn.content}" for turn in turns)
 
 
 def combine(scores_KB: Tensor, *, how: str, penalty: float) -> Tensor:

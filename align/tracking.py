@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from align.artifacts import write_json, write_text, writing
-from align.errors import ArtifactError, InvariantError
+from align.errors import DIVERGED, ArtifactError, InvariantError
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -114,7 +114,7 @@ class Tracker:
         """Append one line to metrics.jsonl. Raises InvariantError if a value is not finite."""
         bad = {name: value for name, value in metrics.items() if not math.isfinite(value)}
         if bad:
-            raise InvariantError(f"{self._stage} step {step}: not finite: {bad}")
+            raise InvariantError(f"{self._stage} step {step}: not finite: {bad}; {DIVERGED}")
         self._append("metrics.jsonl", {"step": step, **metrics})
         self._last_metrics = dict(metrics)
         if self._curves is not None:

@@ -21,6 +21,9 @@ RecordT = TypeVar("RecordT", bound=Record)
 TokenizedT = TypeVar("TokenizedT")
 
 
+def _silently(done: int, total: int) -> None: ...
+
+
 class EncodingError(ValueError):
     """A conversation that cannot become token ids; `reason`, `field` and `detail` are those of its Reject."""
 
@@ -115,7 +118,7 @@ def encode_demonstrations(
     records: Sequence[Demonstration | PlainText],
     *,
     max_length: int,
-    on_progress: OnProgress | None = None,
+    on_progress: OnProgress = _silently,
 ) -> tuple[list[TokenizedDemonstration], list[Reject]]:
     """Over `max_length` a demonstration is cut from the left, never in its last answer, which needs an id before it.
 
@@ -135,7 +138,7 @@ def encode_demonstrations(
 
 
 def encode_comparisons(
-    codec: Codec, records: Sequence[Comparison], *, max_length: int, on_progress: OnProgress | None = None
+    codec: Codec, records: Sequence[Comparison], *, max_length: int, on_progress: OnProgress = _silently
 ) -> tuple[list[TokenizedComparison], list[Reject]]:
     """Over `max_length` the prompt is cut from the left, for both sides as the longer one needs, to one id at least."""
 
@@ -153,7 +156,7 @@ def encode_comparisons(
 
 
 def encode_verdicts(
-    codec: Codec, records: Sequence[Verdict], *, max_length: int
+    codec: Codec, records: Sequence[Verdict], *, max_length: int, on_progress: OnProgress = _silently
 ) -> tuple[list[TokenizedVerdict], list[Reject]]:
     """Over `max_length` the prompt is cut from the left, to one id at least."""
 
@@ -163,11 +166,11 @@ def encode_verdicts(
         prompt = encode_prompt(codec, record.prompt)[len(response) - max_length :]
         return TokenizedVerdict(tuple(prompt), tuple(response), record.is_good, record.source)
 
-    return _encode_all(records, encode, None)
+    return _encode_all(records, encode, on_progress)
 
 
 def encode_prompts(
-    codec: Codec, prompts: Sequence[Prompt], *, max_prompt_length: int, on_progress: OnProgress | None = None
+    codec: Codec, prompts: Sequence[Prompt], *, max_prompt_length: int, on_progress: OnProgress = _silently
 ) -> tuple[list[TokenizedPrompt], list[Reject]]:
     """A prompt over `max_prompt_length` is rejected, not cut."""
 
@@ -181,16 +184,17 @@ def encode_prompts(
 
 
 def _encode_all(
-    records: Sequence[RecordT], encode: Callable[[RecordT], TokenizedT], on_progress: OnProgress | None
+    records: Sequence[RecordT], encode: Callable[[RecordT], TokenizedT], on_progress: OnProgress
 ) -> tuple[list[TokenizedT], list[Reject]]:
     kept: list[TokenizedT] = []
     rejects: list[Reject] = []
+    on_progress(0, len(records))
     for done, record in enumerate(records, start=1):
         try:
             kept.append(encode(record))
         except EncodingError as error:
             rejects.append(Reject(record.source, error.reason, error.field, error.detail))
-        if on_progress is not None and (done % 256 == 0 or done == len(records)):
+        if done % 256 == 0 or done == len(records):
             on_progress(done, len(records))
     return kept, rejects
 

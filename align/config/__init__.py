@@ -1,7 +1,8 @@
 """The whole configuration: one tree of frozen pydantic models, checked before Ray or torch starts.
 
 Unknown keys are refused and the nearest known one is named (`align.settings` loads files and overrides). Relative
-paths resolve against the config file's own folder. Below a stage's entry, functions take values, not this tree.
+paths resolve against the config file's own folder. Below a stage's entry, functions take sections or values, not
+this tree.
 """
 
 import os

@@ -81,11 +81,13 @@ class RewardSourceConfig(Section):
 
     @model_validator(mode="after")
     def _what_its_kind_needs(self) -> "RewardSourceConfig":
-        needed = {"reward": None, "classifier": "model", "function": "function"}[self.kind]
-        given = [key for key in ("model", "function") if getattr(self, key) is not None]
-        if given != ([needed] if needed else []):
-            wanted = f"needs {needed}" if needed else "takes neither model nor function"
-            raise ValueError(f"a reward source of kind {self.kind} {wanted}; given: {', '.join(given) or 'none'}")
+        takes = {"classifier": ("model", "revision", "label", "sees"), "function": ("function", "timeout_seconds")}
+        own, fields = takes.get(self.kind, ()), type(self).model_fields
+        given = [key for keys in takes.values() for key in keys if getattr(self, key) != fields[key].default]
+        if own and own[0] not in given:
+            raise ValueError(f"a reward source of kind {self.kind} needs {own[0]}; given: {', '.join(given) or 'none'}")
+        if stray := [key for key in given if key not in own]:
+            raise ValueError(f"a reward source of kind {self.kind} takes no {', '.join(stray)}")
         return self
 
 

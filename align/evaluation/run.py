@@ -1,21 +1,18 @@
 """Did alignment work? SFT and PPO answer the same held-out prompts with the same keyed uniforms, side by side."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 import torch
 
-from align.adapters import AdaptedModel
 from align.config import EvaluationConfig
-from align.context import EvaluationInputs, Sampling, StageContext, StageResult
-from align.episodes import Episode
+from align.context import EvaluationInputs, StageContext, StageResult
 from align.evaluation.gold import base_nll, gold_score
-from align.generation import generate
-from align.randomness import keyed_uniforms
-from align.rewards import RewardSources, judge, load_reward_models, reward_sources, text_of
+from align.rewards import RewardSources, judge, load_reward_models, reward_sources
+from align.sampler import Sampler
 from align.statistics import bootstrap_interval
-from data.tokenization import Codec, TokenizedPrompt, decode_response, encode_prompts
+from data.tokenization import TokenizedPrompt, decode_response, encode_prompts
 
 _ROLES = {"sft": "sft", "ppo": "policy"}  # the report's name of a side, and its adapter
 
@@ -35,28 +32,29 @@ class Answers:
 
 def run_evaluation(config: EvaluationConfig, inputs: EvaluationInputs, context: StageContext) -> StageResult:
     """Compare SFT and PPO on held-out prompts; every interval is a bootstrap over prompts."""
-    model, tracker = context.model, context.tracker
+    model = context.model
     codec = model.base.codec(context.system_prompt)
     sampling = context.fitting_sampling(inputs.sampling)
     chosen = inputs.prompts[: config.prompts]
-    prompts, rejects = encode_prompts(codec, chosen, max_prompt_length=sampling.max_prompt_length)
+    prompts, rejects = encode_prompts(
+        codec, chosen, max_prompt_length=sampling.max_prompt_length, on_progress=context.progress("tokenizing")
+    )
     account = context.set_aside("held_out", len(chosen), rejects)
     context.load_sft(inputs.sft)
     model.load("policy", inputs.policy.path)
     members = load_reward_models(model, inputs.reward_models)
     sources = reward_sources(inputs.rewards, members, model, codec)
 
-    asked = [prompt for prompt in prompts for _ in range(config.samples)]
-    examiner = Examiner(model, codec, sources, sampling, context.seed, has_gold=config.gold is not None)
+    sampler = Sampler(model, codec, sampling, context.seed)
+    examiner = Examiner(sampler, sources, config.samples, has_gold=config.gold is not None)
     sides: dict[str, Answers] = {}
+    told = context.progress("answering held-out prompts")
     for number, (side, role) in enumerate(_ROLES.items()):
 
         def on_progress(done: int, total: int, number: int = number) -> None:
-            context.stop_if_asked()
-            tracker.progress(number * total + done, len(_ROLES) * total, "answering held-out prompts")
+            told(number * total + done, len(_ROLES) * total)
 
-        on_progress(0, len(asked))
-        sides[side] = answer(examiner, role, asked, on_progress)
+        sides[side] = answer(examiner, role, prompts, on_progress)
     metrics = compare(sides["sft"], sides["ppo"], samples=config.samples, seed=context.seed)
     metrics["samples"] = [
         {
@@ -73,29 +71,25 @@ def run_evaluation(config: EvaluationConfig, inputs: EvaluationInputs, context: 
 class Examiner:
     """All that answers are drawn and judged with, the same for both sides."""
 
-    model: AdaptedModel
-    codec: Codec
+    sampler: Sampler
     sources: RewardSources
-    sampling: Sampling
-    seed: int
+    samples: int  # answers to each prompt
     has_gold: bool
 
 
 @torch.no_grad()
 def answer(
-    examiner: Examiner, role: str, asked: list[TokenizedPrompt], on_progress: Callable[[int, int], None]
+    examiner: Examiner,
+    role: str,
+    prompts: Sequence[TokenizedPrompt],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Answers:
-    """One answer of `role` to each prompt, and what reference, reward sources, raw base and gold say of it."""
-    model, codec, sampling = examiner.model, examiner.codec, examiner.sampling
-    prompts = [prompt.ids for prompt in asked]
-    numbers = list(range(len(prompts)))
-    uniforms = keyed_uniforms(examiner.seed, "evaluation", 0, numbers, sampling.max_response_length)
-    with model.role(role):
-        responses = generate(model, codec, prompts, sampling=sampling, uniforms_BT=uniforms, on_progress=on_progress)
-    episodes = [
-        Episode(prompt.ids, r.ids, r.has_eos, prompt_text=text_of(prompt.messages))
-        for prompt, r in zip(asked, responses, strict=True)
-    ]
+    """Answers of `role` to each prompt, and what reference, reward sources, raw base and gold say of them."""
+    sampler = examiner.sampler
+    model, codec, sampling = sampler.model, sampler.codec, sampler.sampling
+    episodes = sampler.episodes(
+        prompts, role=role, purpose="evaluation", each=examiner.samples, on_progress=on_progress
+    )
     by_name, kls_N = judge(
         model,
         episodes,
@@ -107,11 +101,11 @@ def answer(
         pad_id=codec.pad_id,
     )
     scores, kls = examiner.sources.total(by_name).tolist(), kls_N.tolist()
-    texts = [decode_response(codec, r.ids).strip() for r in responses]
-    nlls = base_nll(model, codec, prompts, [r.ids for r in responses])
+    texts = [decode_response(codec, e.response_ids).strip() for e in episodes]
+    nlls = base_nll(model, codec, [e.prompt_ids for e in episodes], [e.response_ids for e in episodes])
     golds = [gold_score(text, nll) for text, nll in zip(texts, nlls, strict=True)] if examiner.has_gold else []
-    ended = [float(r.has_eos) for r in responses]
-    return Answers(texts, scores, nlls, golds, kls, [float(len(r.ids)) for r in responses], ended)
+    ended = [float(e.has_eos) for e in episodes]
+    return Answers(texts, scores, nlls, golds, kls, [float(len(e.response_ids)) for e in episodes], ended)
 
 
 def compare(sft: Answers, ppo: Answers, *, samples: int, seed: int) -> dict[str, object]:
@@ -149,7 +143,7 @@ def compare(sft: Answers, ppo: Answers, *, samples: int, seed: int) -> dict[str,
 
 
 def _per_token(answers: Answers) -> float:
-    """The raw base's NLL per token over all answers together."""
+    """The raw base's NLL per token over all answers together, each weighted by its length with the end token."""
     total = sum(nll * length for nll, length in zip(answers.nlls, answers.lengths, strict=True))
     return total / sum(answers.lengths)
 

@@ -1,16 +1,17 @@
 """What PPO trains, and its state on disk: the policy adapter, the critic, the optimizer."""
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from align.adapters import AdaptedModel
-from align.artifacts import Artifact, write_directory
+from align.artifacts import Artifact
 from align.checkpoints import Checkpoint, optimizer_tensors, restore_optimizer
 from align.config import CriticConfig, OptimizerConfig
+from align.context import StageContext
 from align.errors import InvariantError
 from align.heads import ScalarHead, ScoreStatistics, save_head
 from align.rewards import RewardModel
@@ -123,13 +124,9 @@ class ActorCritic:
         self.put_back(checkpoint.groups["trained"])
         restore_optimizer(self.optimizer, self.names, checkpoint.groups["optimizer"])
 
-    def save(self, folder: Path, *, step: int) -> tuple[Artifact, ...]:
+    def save(self, context: StageContext, *, step: int) -> tuple[Artifact, ...]:
         """Write adapter/ (the policy) and, of a critic, head/ and its own value_adapter/."""
-
-        def write(name: str, kind: str, fill: Callable[[Path], None]) -> Artifact:
-            base = self._model.base_identity
-            return write_directory(folder / name, fill, kind=kind, stage="ppo", step=step, base_identity=base)
-
+        write = partial(context.write, step=step)
         artifacts = [write("adapter", "adapter", lambda path: self._model.save(POLICY, path))]
         critic = self.critic
         if critic is not None:

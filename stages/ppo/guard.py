@@ -6,13 +6,12 @@ from statistics import fmean
 
 from torch import Tensor
 
-from align.adapters import AdaptedModel
 from align.config import GuardConfig
-from align.context import Sampling
 from align.rewards import RewardSources, judge
-from data.tokenization import Codec, TokenizedPrompt
+from align.sampler import Sampler
+from data.tokenization import TokenizedPrompt
 from stages.ppo.actor_critic import ActorCritic
-from stages.ppo.rollout import POLICY, REFERENCE, generate_episodes
+from stages.ppo.rollout import POLICY, REFERENCE
 
 
 @dataclass(frozen=True)
@@ -20,10 +19,8 @@ class HeldOut:
     """What a look looks at, the same prompts and uniforms each time, so that looks can be compared."""
 
     prompts: list[TokenizedPrompt]
+    sampler: Sampler
     sources: RewardSources
-    sampling: Sampling
-    codec: Codec
-    seed: int
     micro_batch_size: int
 
 
@@ -42,9 +39,9 @@ class Guard:
         """Before the first update, and then after every so many."""
         return self.config.every is not None and update % self.config.every == 0
 
-    def look(self, learner: ActorCritic, model: AdaptedModel, *, update: int) -> dict[str, float]:
+    def look(self, learner: ActorCritic, *, update: int) -> dict[str, float]:
         """Measure the policy as it is after `update` updates, and remember it if it is the best so far."""
-        score, kl = measure(model, self.held_out)
+        score, kl = measure(self.held_out)
         if score > self.best_score:
             self.best_score, self.best_update, self.looks_below = score, update, 0
             self.best = learner.snapshot()
@@ -74,20 +71,17 @@ class Guard:
         self.best = best
 
 
-def measure(model: AdaptedModel, held_out: HeldOut) -> tuple[float, float]:
+def measure(held_out: HeldOut) -> tuple[float, float]:
     """The policy's mean standardised score, and its mean KL to the reference in nats a response."""
-    codec, sampling = held_out.codec, held_out.sampling
-    episodes = generate_episodes(
-        model, codec, held_out.prompts, sampling=sampling, seed=held_out.seed, update=0, purpose="guard"
-    )
+    sampler = held_out.sampler
     by_name, kls_N = judge(
-        model,
-        episodes,
+        sampler.model,
+        sampler.episodes(held_out.prompts, role=POLICY, purpose="guard"),
         held_out.sources,
         role=POLICY,
         reference=REFERENCE,
-        temperature=sampling.temperature,
+        temperature=sampler.sampling.temperature,
         batch_size=held_out.micro_batch_size,
-        pad_id=codec.pad_id,
+        pad_id=sampler.codec.pad_id,
     )
     return fmean(held_out.sources.standardized(by_name).tolist()), fmean(kls_N.tolist())

@@ -8,28 +8,27 @@ from torch import Tensor
 
 from align.adapters import AdaptedModel
 from align.config import AdvantageConfig, PPOConfig
-from align.episodes import policy_pass, text_pass, value_pass
-from align.errors import InvariantError
-from align.randomness import permutation
+from align.episodes import PolicyPass, policy_pass, text_pass, value_pass
+from align.errors import DIVERGED, InvariantError
+from align.randomness import drawn_indices, permutation
 from data.batching import length_sorted_batches
 from data.tokenization import TokenizedDemonstration
 from stages.ppo import objective
 from stages.ppo.actor_critic import ActorCritic
-from stages.ppo.rollout import POLICY, VALUE, MicroBatch, Rollout, drawn_indices
+from stages.ppo.rollout import POLICY, VALUE, MicroBatch, Rollout
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """What the learner needs of a rollout: one tensor (B, T) for each of its micro-batches."""
+class Experience:
+    """A micro-batch and what is learnt from it: (B, T) float32; padding holds 0."""
 
-    rollout: Rollout
-    advantages: list[Tensor]
-    returns: list[Tensor]  # what the critic learns; 0 without one
-    kl_coefficient: float = 0.0  # of the KL term in the loss
+    mb: MicroBatch
+    advantages_BT: Tensor
+    returns_BT: Tensor  # what the critic learns; 0 without one
 
 
-def estimate(rollout: Rollout, rewards: list[Tensor], config: AdvantageConfig) -> tuple[list[Tensor], list[Tensor]]:
-    """Advantages, whitened over the whole rollout if asked, and returns: (B, T) for each micro-batch."""
+def estimate(rollout: Rollout, rewards: list[Tensor], config: AdvantageConfig) -> list[Experience]:
+    """Advantages, whitened over the whole rollout if asked, and returns of each micro-batch."""
     mbs = rollout.micro_batches
     if config.estimator == "gae":
         pairs = [
@@ -41,7 +40,7 @@ def estimate(rollout: Rollout, rewards: list[Tensor], config: AdvantageConfig) -
         advantages, returns = _group_advantages(mbs, rewards, config.estimator), [torch.zeros_like(r) for r in rewards]
     if config.is_whitened:
         advantages = objective.whiten(advantages, [mb.is_response_BT for mb in mbs])
-    return advantages, returns
+    return [Experience(*parts) for parts in zip(mbs, advantages, returns, strict=True)]
 
 
 def _group_advantages(mbs: Sequence[MicroBatch], rewards: list[Tensor], estimator: str) -> list[Tensor]:
@@ -84,8 +83,9 @@ class Learner:
         self._split = split
         self._texts = texts
 
-    def learn(self, lesson: Lesson, *, update: int) -> dict[str, float]:
-        """Epochs × minibatches over one rollout; returns the means over what was learnt from.
+    def learn(self, experience: Sequence[Experience], *, update: int, kl_coefficient: float = 0.0) -> dict[str, float]:
+        """Epochs × minibatches over one rollout; returns the means over what was learnt from. The coefficient is that
+        of the KL term, where that is in the loss.
 
         Micro-batches are shuffled whole, and so are the parts of one that is split. A minibatch's loss is a mean over
         all of it, so its gradient is the same whatever the split.
@@ -95,9 +95,12 @@ class Learner:
         seen: list[dict[str, float]] = []
         first_ratio_error, stopped = 0.0, False
         with self._actor_critic.gradients(moves_policy=moves_policy):
-            for number, minibatch in self._minibatches(len(lesson.rollout.micro_batches), update):
+            for number, minibatch in self._minibatches(len(experience), update):
+                chosen = [experience[i] for i in minibatch]
                 try:
-                    step = self._learn_minibatch(lesson, minibatch, number, moves_policy=moves_policy)
+                    step = self._learn_minibatch(
+                        chosen, number, kl_coefficient=kl_coefficient, moves_policy=moves_policy
+                    )
                 except InvariantError as error:
                     raise InvariantError(f"ppo update {update + 1}, minibatch {len(seen) + 1}: {error}") from None
                 if not seen:
@@ -126,18 +129,20 @@ class Learner:
                 yield first + i, order[i * size : (i + 1) * size]
 
     def _learn_minibatch(
-        self, lesson: Lesson, minibatch: list[int], number: int, *, moves_policy: bool
+        self, minibatch: Sequence[Experience], number: int, *, kl_coefficient: float, moves_policy: bool
     ) -> dict[str, float]:
         """Accumulate one minibatch's gradient over its micro-batches and step; returns its metrics."""
-        masks = [lesson.rollout.micro_batches[i].is_response_BT for i in minibatch]
+        masks = [own.mb.is_response_BT for own in minibatch]
         num_tokens, num_responses = sum(int(mask.sum()) for mask in masks), sum(len(mask) for mask in masks)
         sums: dict[str, float] = {}
         ratio_error = 0.0
-        for i, mask_BT in zip(minibatch, masks, strict=True):
+        for own, mask_BT in zip(minibatch, masks, strict=True):
             weights_BT = objective.loss_weights(
                 mask_BT, average=self._config.loss.average, num_tokens=num_tokens, num_responses=num_responses
             )
-            found, error = self._learn_micro_batch(lesson, i, weights_BT, moves_policy=moves_policy)
+            found, error = self._learn_micro_batch(
+                own, weights_BT, kl_coefficient=kl_coefficient, moves_policy=moves_policy
+            )
             ratio_error = max(ratio_error, error)
             for name, value in found.items():
                 sums[name] = sums.get(name, 0.0) + value
@@ -146,28 +151,28 @@ class Learner:
         return {**sums, "optimizer/gradient_norm": self._actor_critic.step(), "ratio_error": ratio_error}
 
     def _learn_micro_batch(
-        self, lesson: Lesson, i: int, weights_BT: Tensor, *, moves_policy: bool
+        self, own: Experience, weights_BT: Tensor, *, kl_coefficient: float, moves_policy: bool
     ) -> tuple[dict[str, float], float]:
         """Add one micro-batch's gradient; returns its share of the minibatch's metrics, and the largest |ratio − 1|."""
         model, config, critic = self._model, self._config, self._actor_critic.critic
-        mb = lesson.rollout.micro_batches[i]
+        mb = own.mb
         with model.role(POLICY, train=moves_policy):
             out = policy_pass(
                 model,
                 mb.batch,
                 temperature=config.rollout.temperature,
-                value_head=critic.head if critic is not None and not critic.has_adapter else None,
+                value_head=critic and critic.trunk_head,
                 with_entropy=config.loss.entropy_bonus > 0,
                 is_checkpointed=config.loss.gradient_checkpointing,
             )
-            losses = self._policy_losses(out.logprobs_BT, out.entropy_BT, lesson, i, weights_BT) if moves_policy else {}
+            losses = self._policy_losses(out, own, weights_BT, kl_coefficient) if moves_policy else {}
             if out.values_BT is not None:
-                losses["loss/value"] = self._value_loss(out.values_BT, lesson, i, weights_BT)
+                losses["loss/value"] = self._value_loss(out.values_BT, own, weights_BT)
             self._backward(losses)
         if critic is not None and critic.has_adapter:
             with model.role(VALUE, train=True):
                 values_BT = value_pass(model, critic.head, mb.batch, is_checkpointed=config.loss.gradient_checkpointing)
-                losses["loss/value"] = self._value_loss(values_BT, lesson, i, weights_BT)
+                losses["loss/value"] = self._value_loss(values_BT, own, weights_BT)
                 self._backward({"loss/value": losses["loss/value"]})
         with torch.no_grad():
             clips = {"clip_low": config.loss.clip_low, "clip_high": config.loss.clip_high}
@@ -182,27 +187,27 @@ class Learner:
         return {name: value.item() for name, value in metrics.items()}, ratio_error
 
     def _policy_losses(
-        self, logprobs_BT: Tensor, entropy_BT: Tensor | None, lesson: Lesson, i: int, weights_BT: Tensor
+        self, out: PolicyPass, own: Experience, weights_BT: Tensor, kl_coefficient: float
     ) -> dict[str, Tensor]:
-        config, mb = self._config, lesson.rollout.micro_batches[i]
+        config, mb, logprobs_BT = self._config, own.mb, out.logprobs_BT
         policy_BT = objective.policy_loss(
             logprobs_BT,
             mb.logprobs_BT,
-            lesson.advantages[i],
+            own.advantages_BT,
             clip_low=config.loss.clip_low,
             clip_high=config.loss.clip_high,
         )
         losses = {"loss/policy": (policy_BT * weights_BT).sum()}
         if config.kl.place == "loss":
             estimator = objective.kl_k2 if config.kl.used_estimator == "k2" else objective.kl_k3
-            losses["loss/kl"] = (estimator(logprobs_BT, mb.ref_logprobs_BT) * weights_BT).sum() * lesson.kl_coefficient
-        if entropy_BT is not None:
-            losses["loss/entropy"] = -config.loss.entropy_bonus * (entropy_BT * weights_BT).sum()
+            losses["loss/kl"] = (estimator(logprobs_BT, mb.ref_logprobs_BT) * weights_BT).sum() * kl_coefficient
+        if out.entropy_BT is not None:
+            losses["loss/entropy"] = -config.loss.entropy_bonus * (out.entropy_BT * weights_BT).sum()
         return losses
 
-    def _value_loss(self, values_BT: Tensor, lesson: Lesson, i: int, weights_BT: Tensor) -> Tensor:
-        old_values_BT = lesson.rollout.micro_batches[i].values_BT
-        loss_BT = objective.value_loss(values_BT, old_values_BT, lesson.returns[i], clip=self._config.critic.clip)
+    def _value_loss(self, values_BT: Tensor, own: Experience, weights_BT: Tensor) -> Tensor:
+        clip = self._config.critic.clip
+        loss_BT = objective.value_loss(values_BT, own.mb.values_BT, own.returns_BT, clip=clip)
         return (loss_BT * weights_BT).sum()
 
     def _backward(self, losses: dict[str, Tensor]) -> None:
@@ -212,8 +217,8 @@ class Learner:
             return
         total = torch.stack(terms).sum()
         if not torch.isfinite(total):
-            said = {name: loss.item() for name, loss in losses.items()}
-            raise InvariantError(f"not finite before the optimizer's step: {said}; nothing was changed")
+            bad = {name: loss.item() for name, loss in losses.items() if not torch.isfinite(loss)} or total.item()
+            raise InvariantError(f"not finite before the optimizer's step: {bad}; nothing was changed; {DIVERGED}")
         total.backward()
 
     def _learn_texts(self, texts: Texts, number: int) -> float:

@@ -4,6 +4,7 @@ Axes: B episodes, T response tokens. `is_response_BT` is True on real response t
 first ones in the row. Everything is 0 at padding.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -225,5 +226,5 @@ def schedule_factor(step: int, total: int, *, schedule: str, warmup: int) -> flo
     if schedule == "linear":
         return 1 - rest
     if schedule == "cosine":
-        return 0.5 * (1 + float(torch.cos(torch.tensor(rest * torch.pi, dtype=torch.float64))))
+        return 0.5 * (1 + math.cos(rest * math.pi))
     return 1.0

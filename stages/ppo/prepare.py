@@ -1,13 +1,14 @@
 """Everything that PPO needs before its first update: rows, reward sources, actor and critic, shaper, learner, guard."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from align.adapters import AdaptedModel
 from align.config import PPOConfig
 from align.context import PPOInputs, Sampling, StageContext
 from align.rewards import AS_IT_IS, RewardModel, RewardSources, load_reward_models, reward_sources
+from align.sampler import Sampler
 from data.records import Account
 from data.tokenization import Codec, TokenizedPrompt, encode_demonstrations, encode_prompts
 from stages.ppo.actor_critic import ActorCritic
@@ -31,18 +32,17 @@ class Rows:
 
 @dataclass(frozen=True)
 class Parts:
-    codec: Codec
     rows: Rows
-    sampling: Sampling
+    sampler: Sampler
     sources: RewardSources
     actor_critic: ActorCritic
     shaper: Shaper
     learner: Learner
     guard: Guard
-    frozen: tuple[str, ...]  # the adapters that no update may change
+    frozen: Mapping[str, str]  # the checksums of the adapters that no update may change
 
 
-def make_ready(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Parts:
+def prepare(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Parts:
     """Tokenize, load the frozen roles, and add what is trained."""
     model = context.model
     codec = model.base.codec(context.system_prompt)
@@ -54,24 +54,26 @@ def make_ready(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> P
     actor_critic = _make_actor_critic(config, members, model)
     micro_batch_size = context.part_of(config.loss.micro_batch_size)
     _warn_of_truncation(config)
-    held_out = HeldOut(rows.held_out, sources, sampling, codec, context.seed, micro_batch_size)
+    sampler = Sampler(model, codec, sampling, context.seed)
     return Parts(
-        codec=codec,
         rows=rows,
-        sampling=sampling,
+        sampler=sampler,
         sources=sources,
         actor_critic=actor_critic,
         shaper=Shaper(config.rewards, config.kl, sources, max_response_length=sampling.max_response_length),
         learner=Learner(actor_critic, model, config, seed=context.seed, split=context.split, texts=rows.ptx),
-        guard=Guard(config.guard, held_out),
-        frozen=(REFERENCE, *(member.adapter for member in members)),
+        guard=Guard(config.guard, HeldOut(rows.held_out, sampler, sources, micro_batch_size)),
+        frozen={name: model.checksum(name) for name in (REFERENCE, *(member.adapter for member in members))},
     )
 
 
 def tokenize(
     config: PPOConfig, inputs: PPOInputs, codec: Codec, context: StageContext, *, max_prompt_length: int
 ) -> Rows:
-    prompts, rejects = encode_prompts(codec, inputs.prompts, max_prompt_length=max_prompt_length)
+    on_progress = context.progress("tokenizing")
+    prompts, rejects = encode_prompts(
+        codec, inputs.prompts, max_prompt_length=max_prompt_length, on_progress=on_progress
+    )
     account = context.set_aside("prompts", len(inputs.prompts), rejects)
     held_out: list[TokenizedPrompt] = []
     if config.guard.every is not None:
@@ -81,7 +83,7 @@ def tokenize(
     ptx = None
     if config.loss.ptx_coefficient:
         length = context.fitting_length("ppo.loss.ptx_max_length", config.loss.ptx_max_length)
-        texts, rejects = encode_demonstrations(codec, inputs.ptx, max_length=length)
+        texts, rejects = encode_demonstrations(codec, inputs.ptx, max_length=length, on_progress=on_progress)
         account += context.set_aside("ptx", len(inputs.ptx), rejects)
         ptx = Texts(texts, codec.pad_id)
     return Rows(prompts, held_out, ptx, account)

@@ -1,4 +1,4 @@
-"""One update's episodes: generated, composed into micro-batches, then looked at by every role.
+"""One update's episodes, composed into micro-batches and scored by every role.
 
 Micro-batches are composed here once, sorted by length, and kept whole from now on: old logprobs, reference logprobs,
 values and scores come from no-grad passes over the very batches that are learnt from, by the same kernels. So the
@@ -12,14 +12,10 @@ import torch
 from torch import Tensor
 
 from align.adapters import AdaptedModel
-from align.context import Sampling
 from align.episodes import Episode, EpisodeBatch, collate, policy_pass, value_pass
-from align.generation import generate
 from align.heads import ScalarHead
-from align.randomness import keyed_uniforms, permutation
-from align.rewards import RewardSources, text_of
+from align.rewards import RewardSources
 from data.batching import length_sorted_batches
-from data.tokenization import Codec, TokenizedPrompt
 
 REFERENCE = "sft"  # the frozen sft adapter; adapters switched off would be the raw base
 POLICY = "policy"
@@ -32,6 +28,11 @@ class Critic:
 
     head: ScalarHead
     has_adapter: bool
+
+    @property
+    def trunk_head(self) -> ScalarHead | None:
+        """The head, if it is on the policy's trunk."""
+        return None if self.has_adapter else self.head
 
 
 @dataclass(frozen=True)
@@ -56,51 +57,8 @@ class Rollout:
     sampler_gap_mean: float
 
 
-def drawn_indices(seed: int, purpose: str, turn: int, *, num_drawn: int, size: int) -> list[int]:
-    """Which of `size` rows the turn draws (prompts: an update's): epoch after epoch through keyed shuffles of all."""
-    indices = []
-    shuffles: dict[int, list[int]] = {}
-    for number in range(turn * num_drawn, (turn + 1) * num_drawn):
-        epoch, place = divmod(number, size)
-        if epoch not in shuffles:
-            shuffles[epoch] = permutation(seed, purpose, epoch, size=size)
-        indices.append(shuffles[epoch][place])
-    return indices
-
-
-def draw_prompts(prompts: list[TokenizedPrompt], count: int, seed: int, update: int) -> list[TokenizedPrompt]:
-    drawn = drawn_indices(seed, "prompts", update, num_drawn=count, size=len(prompts))
-    return [prompts[i] for i in drawn]
-
-
-def generate_episodes(
-    model: AdaptedModel,
-    codec: Codec,
-    prompts: list[TokenizedPrompt],
-    *,
-    sampling: Sampling,
-    seed: int,
-    update: int,
-    responses_per_prompt: int = 1,
-    purpose: str = "sample",
-    on_step: Callable[[], None] = lambda: None,
-) -> list[Episode]:
-    """`responses_per_prompt` responses of the policy to each prompt, one prompt's side by side. `on_step` is called
-    before each token; it may raise."""
-    asked = [(group, prompt) for group, prompt in enumerate(prompts) for _ in range(responses_per_prompt)]
-    numbers = list(range(update * len(asked), (update + 1) * len(asked)))
-    uniforms_BT = keyed_uniforms(seed, purpose, update, numbers, sampling.max_response_length)
-    with model.role(POLICY):
-        ids = [prompt.ids for _, prompt in asked]
-        responses = generate(model, codec, ids, sampling=sampling, uniforms_BT=uniforms_BT, on_step=on_step)
-    return [
-        Episode(prompt.ids, r.ids, r.has_eos, r.logprobs, text_of(prompt.messages), group)
-        for (group, prompt), r in zip(asked, responses, strict=True)
-    ]
-
-
 @torch.no_grad()
-def look(
+def score(
     model: AdaptedModel,
     episodes: list[Episode],
     sources: RewardSources,
@@ -111,7 +69,7 @@ def look(
     pad_id: int,
     on_step: Callable[[], None] = lambda: None,
 ) -> Rollout:
-    """Compose the micro-batches and let policy, reference, reward sources and critic each look at them. `on_step` is
+    """Compose the micro-batches and let policy, reference, reward sources and critic each go over them. `on_step` is
     called before each of them; it may raise."""
     lengths = [len(e.prompt_ids) + len(e.response_ids) for e in episodes]
     micro_batches: list[MicroBatch] = []
@@ -125,7 +83,7 @@ def look(
                 model,
                 batch,
                 temperature=temperature,
-                value_head=critic.head if critic is not None and not critic.has_adapter else None,
+                value_head=critic and critic.trunk_head,
                 with_entropy=True,
             )
         with model.role(REFERENCE):

@@ -18,6 +18,7 @@ class Shaped:
 
     rewards: list[Tensor]  # (B, T)
     scores: list[Tensor]  # (B,), after normalising, clipping and penalties
+    kl_coefficient: float  # in the rewards, or for the loss
 
 
 class Shaper:
@@ -49,7 +50,7 @@ class Shaper:
         ]
         if self._config.whiten:
             rewards = objective.whiten(rewards, [mb.is_response_BT for mb in rollout.micro_batches], shift=False)
-        return Shaped(rewards, scores)
+        return Shaped(rewards, scores, self.kl_coefficient)
 
     def _shaped_scores(self, mb: MicroBatch) -> Tensor:
         """Normalised by all scores so far, or by the reward model's own scale (Stiennon et al. 2020, sec. 3.4)."""

@@ -1,22 +1,24 @@
-"""PPO on the resident base. `run_ppo` is the loop: roll out, score, shape, advantages, update, log, checkpoint."""
+"""PPO on the resident base. `run_ppo` is the loop, `one_update` what it does: roll out, score, shape and estimate
+advantages, learn. Then the loop logs, adapts the KL coefficient, looks at held-out prompts and checkpoints."""
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 
 from align.adapters import AdaptedModel
 from align.checkpoints import Groups, StageCheckpoints
 from align.config import PPOConfig
 from align.context import PPOInputs, StageContext, StageResult
 from align.errors import InvariantError
+from align.randomness import drawn_indices
 from stages.ppo.actor_critic import ActorCritic
 from stages.ppo.guard import Guard
-from stages.ppo.learn import Lesson, estimate, ratio_tolerance
+from stages.ppo.learn import estimate, ratio_tolerance
 from stages.ppo.metrics import describe
-from stages.ppo.prepare import make_ready
-from stages.ppo.rollout import Rollout, draw_prompts, generate_episodes, look
+from stages.ppo.prepare import Parts, prepare
+from stages.ppo.rollout import POLICY, Rollout, score
 from stages.ppo.shaping import Shaper
 
 _log = logging.getLogger(__name__)
@@ -32,77 +34,29 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
         RewardFunctionError: a reward function failed.
         InvariantError: a run-time invariant does not hold.
     """
-    model, tracker = context.model, context.tracker
-    parts = make_ready(config, inputs, context)
+    tracker = context.tracker
+    parts = prepare(config, inputs, context)
     actor_critic, shaper, guard = parts.actor_critic, parts.shaper, parts.guard
     checkpoints = StageCheckpoints(config.checkpoints, context)
     first_update, kept = _resume(checkpoints, actor_critic, shaper, guard)
-    frozen = {name: model.checksum(name) for name in parts.frozen}
-    if config.guard.every is not None and not guard.best:  # or the guard was allowed on the way
-        tracker.log(first_update, guard.look(actor_critic, model, update=first_update))
+    if config.guard.every is not None and not guard.best:  # at the start, or where --resume switched the guard on
+        tracker.log(first_update, guard.look(actor_critic, update=first_update))
 
     state = partial(_state, actor_critic, shaper, guard, kept)
     reason, step = None, first_update
     for update in range(first_update, config.updates):
-        stop_if_asked = partial(checkpoints.stop_if_asked, update, state)  # until something moves, in the update
-        clock = [time.perf_counter()]
-        rate = actor_critic.set_learning_rate(update, config.updates)
         tracker.progress(update, config.updates, f"update {update + 1}")
-
-        # Roll out
-        responses = config.rollout.responses_per_prompt
-        prompts = draw_prompts(parts.rows.prompts, config.rollout.episodes // responses, context.seed, update)
-        episodes = generate_episodes(
-            model,
-            parts.codec,
-            prompts,
-            sampling=parts.sampling,
-            seed=context.seed,
-            update=update,
-            responses_per_prompt=responses,
-            on_step=stop_if_asked,
-        )
-        clock.append(time.perf_counter())
-
-        # Score: policy, reference, reward sources and critic look at the same micro-batches
-        rollout = look(
-            model,
-            episodes,
-            parts.sources,
-            actor_critic.critic,
-            micro_batch_size=context.part_of(config.loss.micro_batch_size),
-            temperature=parts.sampling.temperature,
-            pad_id=parts.codec.pad_id,
-            on_step=stop_if_asked,
-        )
-        clock.append(time.perf_counter())
+        stop_if_asked = partial(checkpoints.stop_if_asked, update, state)
+        done = one_update(config, parts, context, update, stop_if_asked=stop_if_asked)
         if update == 0:
-            kept["first_step_kl"] = _verify_policy_is_reference(rollout, model)
-
-        # Shape and estimate advantages
-        shaped = shaper.shape(rollout)
-        advantages, returns = estimate(rollout, shaped.rewards, config.advantage)
-        lesson = Lesson(rollout, advantages, returns, shaper.kl_coefficient)
-
-        # Update
-        learnt = parts.learner.learn(lesson, update=update)
-        kept.setdefault("first_minibatch_ratio_error", learnt["policy/first_ratio_error"])
-        _verify_frozen(model, frozen)
-        clock.append(time.perf_counter())
-
-        # Log, adapt the KL coefficient, look at held-out prompts, checkpoint
-        step = update + 1
-        metrics = describe(lesson, shaped, parts.sources, has_critic=actor_critic.critic is not None)
-        shaper.adapt(metrics["objective/kl"], num_episodes=len(episodes))
-        looked = guard.look(actor_critic, model, update=step) if guard.is_due(step) else {}
-        tracker.log(
-            step, {"episode": step * len(episodes), **metrics, **learnt, "optimizer/learning_rate": rate, **looked}
-        )
-        seconds = _seconds([*clock, time.perf_counter()])
-        tracker.log_timing(step, {**seconds, "seconds/checkpoint": checkpoints.seconds})  # of the update before
-        # Or they, and what the layers below all adapters said of them, would still be there in the next update
-        del rollout, shaped, advantages, returns, lesson
-        reason = guard.reason_to_stop(metrics["objective/kl"])
+            kept.update(done.verified)
+        step, kl = update + 1, done.metrics["objective/kl"]
+        shaper.adapt(kl, num_episodes=config.rollout.episodes)
+        looked = guard.look(actor_critic, update=step) if guard.is_due(step) else {}
+        tracker.log(step, {"episode": step * config.rollout.episodes, **done.metrics, **looked})
+        done.laps.end("rest")
+        tracker.log_timing(step, {**done.laps.seconds, "seconds/checkpoint": checkpoints.seconds})  # of the one before
+        reason = guard.reason_to_stop(kl)
         if reason is not None:
             break
         quality = looked.get("guard/score")
@@ -114,14 +68,79 @@ def run_ppo(config: PPOConfig, inputs: PPOInputs, context: StageContext) -> Stag
         kept_update = guard.put_best_back(actor_critic)
         _log.warning("stopped after update %d: %s; kept: the policy after update %d", step, reason, kept_update)
     tracker.progress(config.updates, config.updates, "done")
-    artifacts = actor_critic.save(context.folder, step=kept_update)
+    artifacts = actor_critic.save(context, step=kept_update)
     ending = {"updates": step, "stopped": reason, "kept_update": kept_update}
     return StageResult("ppo", artifacts, {**kept, **ending}, parts.rows.account)
 
 
-def _seconds(clock: Sequence[float]) -> dict[str, float]:
-    names = ("seconds/generate", "seconds/score", "seconds/learn", "seconds/rest")
-    return {name: after - before for name, (before, after) in zip(names, pairwise(clock), strict=True)}
+class Laps:
+    """The seconds of what comes one after the other."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[f"seconds/{name}"], self._last = now - self._last, now
+
+
+@dataclass(frozen=True)
+class UpdateRecord:
+    """`verified`: what the invariants of a first update were found to be."""
+
+    metrics: dict[str, float]
+    verified: dict[str, float]
+    laps: Laps
+
+
+def one_update(
+    config: PPOConfig, parts: Parts, context: StageContext, update: int, *, stop_if_asked: Callable[[], None]
+) -> UpdateRecord:
+    """`stop_if_asked` is called until something moves: it may raise."""
+    model, sampler, actor_critic = context.model, parts.sampler, parts.actor_critic
+    rate = actor_critic.set_learning_rate(update, config.updates)
+    laps, verified = Laps(), dict[str, float]()
+
+    # Roll out
+    prompts, each = parts.rows.prompts, config.rollout.responses_per_prompt
+    drawn = drawn_indices(context.seed, "prompts", update, num_drawn=config.rollout.episodes // each, size=len(prompts))
+    episodes = sampler.episodes(
+        [prompts[i] for i in drawn],
+        role=POLICY,
+        purpose="sample",
+        turn=update,
+        each=each,
+        on_progress=lambda done, total: stop_if_asked(),
+    )
+    laps.end("generate")
+
+    # Score: policy, reference, reward sources and critic go over the same micro-batches
+    rollout = score(
+        model,
+        episodes,
+        parts.sources,
+        actor_critic.critic,
+        micro_batch_size=context.part_of(config.loss.micro_batch_size),
+        temperature=sampler.sampling.temperature,
+        pad_id=sampler.codec.pad_id,
+        on_step=stop_if_asked,
+    )
+    laps.end("score")
+    if update == 0:
+        verified["first_step_kl"] = _verify_policy_is_reference(rollout, model)
+
+    # Shape and estimate advantages
+    shaped = parts.shaper.shape(rollout)
+    experience = estimate(rollout, shaped.rewards, config.advantage)
+
+    # Learn
+    learnt = parts.learner.learn(experience, update=update, kl_coefficient=shaped.kl_coefficient)
+    verified["first_minibatch_ratio_error"] = learnt["policy/first_ratio_error"]
+    _verify_frozen(model, parts.frozen)
+    laps.end("learn")
+    described = describe(rollout, shaped, experience, parts.sources, has_critic=actor_critic.critic is not None)
+    return UpdateRecord({**described, **learnt, "optimizer/learning_rate": rate}, verified, laps)
 
 
 def _state(
@@ -166,7 +185,7 @@ def _verify_policy_is_reference(rollout: Rollout, model: AdaptedModel) -> float:
     return gap
 
 
-def _verify_frozen(model: AdaptedModel, checksums: dict[str, str]) -> None:
+def _verify_frozen(model: AdaptedModel, checksums: Mapping[str, str]) -> None:
     for name, before in checksums.items():
         after = model.checksum(name)
         if after != before:

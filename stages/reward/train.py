@@ -1,22 +1,22 @@
 """Reward modelling: TRL's RewardTrainer trains each member's adapter and scalar head on the resident base."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from align.artifacts import Artifact, write_directory
+from align.artifacts import Artifact
 from align.config import RewardConfig
-from align.context import DIVERGED, RewardInputs, Sampling, StageContext, StageResult, member_suffixes
+from align.context import RewardInputs, Sampling, StageContext, StageResult, member_suffixes
 from align.episodes import Episode
-from align.errors import DataError, InvariantError
-from align.generation import generate
+from align.errors import DIVERGED, DataError, InvariantError
 from align.heads import ScalarHead, ScoreStatistics, save_head
-from align.randomness import keyed_uniforms, stage_seed
-from data.records import Account, Comparison, Prompt, Verdict
+from align.randomness import stage_seed
+from align.sampler import Sampler
+from data.records import Account, Prompt, Reject
 from data.tokenization import Codec, TokenizedPrompt, encode_comparisons, encode_prompts, encode_verdicts
 from stages.reward.evidence import Evidence
 from stages.reward.objective import ensemble_scores
@@ -61,8 +61,7 @@ def run_reward(config: RewardConfig, inputs: RewardInputs, context: StageContext
     members = add_members(config, inputs, context)
     trained = Members(evidence, config, codec, context).train(members)
 
-    tracker.progress(0, 2, "SFT answers")
-    answers = sample_answers(prompts, sampling, codec, context)
+    answers = sample_answers(prompts, Sampler(model, codec, sampling, context.seed), context)
     tracker.progress(1, 2, "scores")
     measured: list[Measured] = []
     for member, training in zip(members, trained, strict=True):
@@ -84,22 +83,16 @@ def tokenize(
 ) -> tuple[Evidence, Account]:
     """The evidence of both sides, and an account of the rows that were set aside."""
     settings, max_length = config.objective, context.fitting_length("reward.max_length", config.max_length)
-    sides = {"train": inputs.train, "held_out": inputs.held_out}
-    if settings.kind == "unpaired":
-        verdicts = {
-            side: encode_verdicts(codec, cast(tuple[Verdict, ...], rows), max_length=max_length)
-            for side, rows in sides.items()
-        }
-        accounts = [context.set_aside(side, len(sides[side]), rejects) for side, (_, rejects) in verdicts.items()]
-        evidence = Verdicts.of(verdicts["train"][0], verdicts["held_out"][0], settings)
-    else:
-        pairs = {
-            side: encode_comparisons(codec, cast(tuple[Comparison, ...], rows), max_length=max_length)
-            for side, rows in sides.items()
-        }
-        accounts = [context.set_aside(side, len(sides[side]), rejects) for side, (_, rejects) in pairs.items()]
-        evidence = Pairs.of(pairs["train"][0], pairs["held_out"][0], settings)
-    return evidence, accounts[0] + accounts[1]
+    is_unpaired = settings.kind == "unpaired"
+    encode: Callable[..., tuple[list[Any], list[Reject]]] = encode_verdicts if is_unpaired else encode_comparisons
+    rows: dict[str, list[Any]] = {}
+    accounts: list[Account] = []
+    for side, records in (("train", inputs.train), ("held_out", inputs.held_out)):
+        kept, rejects = encode(codec, records, max_length=max_length, on_progress=context.progress("tokenizing"))
+        rows[side] = kept
+        accounts.append(context.set_aside(side, len(records), rejects))
+    evidence_of = Verdicts.of if is_unpaired else Pairs.of
+    return evidence_of(rows["train"], rows["held_out"], settings), accounts[0] + accounts[1]
 
 
 def add_members(config: RewardConfig, inputs: RewardInputs, context: StageContext) -> list[Member]:
@@ -138,16 +131,10 @@ def statistics_prompts(inputs: RewardInputs, codec: Codec, sampling: Sampling) -
     return prompts[:_STATISTICS_PROMPTS]
 
 
-def sample_answers(
-    prompts: list[TokenizedPrompt], sampling: Sampling, codec: Codec, context: StageContext
-) -> list[Episode]:
+def sample_answers(prompts: list[TokenizedPrompt], sampler: Sampler, context: StageContext) -> list[Episode]:
     """One SFT response to each prompt."""
-    model = context.model
-    ids = [prompt.ids for prompt in prompts]
-    uniforms = keyed_uniforms(context.seed, "statistics", 0, list(range(len(ids))), sampling.max_response_length)
-    with model.role(SFT):
-        responses = generate(model, codec, ids, sampling=sampling, uniforms_BT=uniforms, on_step=context.stop_if_asked)
-    return [Episode(p, r.ids, r.has_eos) for p, r in zip(ids, responses, strict=True)]
+    on_progress = context.progress("SFT answers")
+    return sampler.episodes(prompts, role=SFT, purpose="statistics", on_progress=on_progress)
 
 
 def statistics_of(scores_M: Tensor) -> ScoreStatistics:
@@ -166,21 +153,9 @@ def statistics_of(scores_M: Tensor) -> ScoreStatistics:
 def save_member(measured: Measured, context: StageContext) -> tuple[Artifact, Artifact]:
     """Its adapter, and its head with the score's statistics."""
     model, member, step = context.model, measured.member, measured.training.kept_step
-    adapter = write_directory(
-        context.folder / f"adapter{member.suffix}",
-        lambda path: model.save(member.name, path),
-        kind="adapter",
-        stage="reward",
-        step=step,
-        base_identity=model.base_identity,
-    )
-    head = write_directory(
-        context.folder / f"head{member.suffix}",
-        lambda path: save_head(member.head, path, measured.statistics),
-        kind="head",
-        stage="reward",
-        step=step,
-        base_identity=model.base_identity,
+    adapter = context.write(f"adapter{member.suffix}", "adapter", lambda path: model.save(member.name, path), step=step)
+    head = context.write(
+        f"head{member.suffix}", "head", lambda path: save_head(member.head, path, measured.statistics), step=step
     )
     return adapter, head
 

@@ -1,6 +1,7 @@
 """Supervised fine-tuning: TRL's SFTTrainer trains the `sft` adapter on the resident base."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from datasets import Dataset
@@ -8,7 +9,7 @@ from transformers import PrinterCallback
 from trl.trainer.sft_config import SFTConfig as TRLConfig
 
 from align.adapters import AdaptedModel
-from align.artifacts import scratch, write_directory
+from align.artifacts import scratch
 from align.checkpoints import Checkpoint, StageCheckpoints
 from align.config import SFTConfig
 from align.context import SFTInputs, StageContext, StageResult
@@ -32,11 +33,11 @@ def run_sft(config: SFTConfig, inputs: SFTInputs, context: StageContext) -> Stag
         DataError: too many rows do not fit the length, or none does.
         ArtifactError: the brought adapter does not fit the base.
     """
-    model, tracker = context.model, context.tracker
+    model = context.model
     codec = model.base.codec(context.system_prompt)
     max_length = context.fitting_length("sft.max_length", config.max_length)
-    train, train_rejects = encode_demonstrations(codec, inputs.train, max_length=max_length)
-    held_out, held_out_rejects = encode_demonstrations(codec, inputs.held_out, max_length=max_length)
+    encode = partial(encode_demonstrations, codec, max_length=max_length, on_progress=context.progress("tokenizing"))
+    (train, train_rejects), (held_out, held_out_rejects) = encode(inputs.train), encode(inputs.held_out)
     account = context.set_aside("train", len(inputs.train), train_rejects)
     account += context.set_aside("held_out", len(inputs.held_out), held_out_rejects)
 
@@ -44,17 +45,13 @@ def run_sft(config: SFTConfig, inputs: SFTInputs, context: StageContext) -> Stag
     checkpoints = StageCheckpoints(config.checkpoints, context)
     start = checkpoints.resume()
 
-    def on_progress(done: int, total: int) -> None:
-        context.stop_if_asked()
-        tracker.progress(done, total, "held-out NLL")
-
     def measure() -> float:
         return held_out_nll(
             model,
             held_out,
             batch_size=context.part_of(config.micro_batch_size),
             pad_id=codec.pad_id,
-            on_progress=on_progress,
+            on_progress=context.progress("held-out NLL"),
         )
 
     nll_before = measure() if start is None else start.state["nll_before"]
@@ -70,14 +67,7 @@ def run_sft(config: SFTConfig, inputs: SFTInputs, context: StageContext) -> Stag
         )
     nll_after = measure()
 
-    artifact = write_directory(
-        context.folder / "adapter",
-        lambda path: model.save(SFT, path),
-        kind="adapter",
-        stage="sft",
-        step=steps,
-        base_identity=model.base_identity,
-    )
+    artifact = context.write("adapter", "adapter", lambda path: model.save(SFT, path), step=steps)
     metrics = {"nll_before": nll_before, "nll_after": nll_after, "steps": steps, "held_out_rows": len(held_out)}
     return StageResult("sft", (artifact,), metrics, account)
 

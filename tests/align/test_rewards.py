@@ -6,7 +6,8 @@ import torch
 from align.config import RewardsConfig
 from align.episodes import Episode, collate, score_pass
 from align.heads import ScalarHead, ScoreStatistics
-from align.rewards import RewardModel, RewardSources, Source, combine, reward_sources, text_of
+from align.rewards import RewardModel, RewardSources, Source, combine, reward_sources
+from align.sampler import text_of
 from data.records import Message
 from tests.align.classifiers import write_classifier
 from tests.resident import drawn_episodes, with_adapters

@@ -15,6 +15,7 @@ from align.context import RewardModelArtifacts, Sampling
 from align.evaluation.run import Examiner, answer
 from align.handover import FinishedStep, read_finished
 from align.rewards import load_reward_models, reward_sources
+from align.sampler import Sampler
 from align.settings import load
 from data.sources import read_records
 from data.tokenization import encode_prompts
@@ -48,15 +49,14 @@ def look_at(run: Path) -> list[Look]:
     sampling = Sampling.of(config.ppo.rollout)
     records = read_records(config.data.ppo.held_out, "prompt").records[:PROMPTS]
     prompts, _ = encode_prompts(codec, records, max_prompt_length=sampling.max_prompt_length)
-    asked = [prompt for prompt in prompts for _ in range(SAMPLES)]
-    examiner = Examiner(model, codec, sources, sampling, config.run.seed, has_gold=True)
+    examiner = Examiner(Sampler(model, codec, sampling, config.run.seed), sources, SAMPLES, has_gold=True)
     scale = sources.sources[0].scale  # an ensemble's is 0 and 1: its members are standardised one by one
     model.add(POLICY, copy_of="sft")
     looks = []
     for update, trained in _policies(run, model):
         for key, tensor in model.tensors(POLICY).items():
             tensor.data.copy_(trained[key])
-        answers = answer(examiner, POLICY, asked, lambda done, total: None)
+        answers = answer(examiner, POLICY, prompts)
         scores = [(score - scale.mean) / scale.std for score in answers.scores]
         looks.append(Look(update, answers.golds, scores, answers.kls, answers.texts))
         print(f"update {update}", file=sys.stderr, flush=True)

@@ -17,7 +17,7 @@ from align.rewards import RewardSources, load_reward_models, reward_sources
 from align.slots import Slots
 from stages.ppo import objective
 from stages.ppo.actor_critic import ActorCritic
-from stages.ppo.rollout import POLICY, REFERENCE, Critic, MicroBatch, look
+from stages.ppo.rollout import POLICY, REFERENCE, Critic, MicroBatch, score
 from tests.benchmarks.ppo_update_ours import adapters_of
 from tests.benchmarks.ppo_update_task import BASE, HEAD, REWARD, SFT, Shape, Task
 from tests.benchmarks.roofline_flops import Counted, Rows, decode_steps
@@ -137,7 +137,7 @@ def _score(roles: Roles, shape: Shape, task: Task) -> Phase:
     headed = task.micro_batch * task.response_length
 
     def run() -> None:
-        _look(roles, shape, task)
+        _scored(roles, shape, task)
 
     return Phase(SCORE, run, 2 * counted.forward(rows, headed=headed) + counted.forward(rows, headed=0))
 
@@ -146,8 +146,8 @@ def _rows(task: Task) -> Rows:
     return Rows(task.micro_batch, task.prompt_length + task.response_length)
 
 
-def _look(roles: Roles, shape: Shape, task: Task) -> MicroBatch:
-    rollout = look(
+def _scored(roles: Roles, shape: Shape, task: Task) -> MicroBatch:
+    rollout = score(
         roles.model,
         _drawn(shape, task, task.micro_batch),
         roles.sources,
@@ -163,7 +163,7 @@ def _learn(roles: Roles, shape: Shape, task: Task) -> Phase:
     """Policy and value on one trunk, forward and backward, of one micro-batch; without the optimizer's step."""
     counted, rows = Counted.of(shape, task.rank), _rows(task)
     headed = task.micro_batch * task.response_length
-    mb = _look(roles, shape, task)
+    mb = _scored(roles, shape, task)
     advantages_BT = torch.randn(mb.logprobs_BT.shape, generator=torch.Generator().manual_seed(2))
 
     def run() -> None:

@@ -13,9 +13,11 @@ import stages.ppo.rollout
 import stages.ppo.train
 import stages.sft.train
 from align.artifacts import newest_whole
-from align.context import StageResult
+from align.context import StageContext, StageResult
 from align.errors import InvariantError, StoppedError, UsageError
+from align.sampler import Sampler
 from align.stopping import ask_to_stop, forget_stop
+from align.tracking import Tracker
 from stages.ppo.train import run_ppo
 from tests.resident import resident
 from tests.stages.scenes import context_of, hashes_of, metrics_of, ppo_config, ppo_inputs, prompts
@@ -102,10 +104,10 @@ def test_one_that_has_done_nothing_since_its_resume_keeps_its_checkpoint(
     assert hashes_of(root / "sft") == hashes_of(tmp_path / "whole" / "sft")
 
 
-# Of an update the 2 batches of 4 prompts with up to 6 tokens each, and the 4 micro-batches that are looked at
+# Of an update the 2 batches of 4 prompts with up to 6 tokens each, and the 4 micro-batches that are scored
 @pytest.mark.parametrize(
     ("owner", "name", "count"),
-    [(stages.ppo.train, "generate_episodes", 3), (stages.ppo.rollout, "collate", 10), (align.slots.Slots, "enter", 6)],
+    [(Sampler, "episodes", 3), (stages.ppo.rollout, "collate", 10), (align.slots.Slots, "enter", 6)],
 )
 def test_ppo_is_stopped_before_anything_of_the_next_update_has_moved(
     owner: Any, name: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -117,19 +119,43 @@ def test_ppo_is_stopped_before_anything_of_the_next_update_has_moved(
 
     ppo(tmp_path / "whole")
     root = tmp_path / "stopped"
-    own, looks = stages.ppo.train.look, 0
+    own, scored = stages.ppo.train.score, 0
 
-    def look(*args: Any, **kwargs: Any) -> Any:
-        nonlocal looks
-        looks += 1
+    def score(*args: Any, **kwargs: Any) -> Any:
+        nonlocal scored
+        scored += 1
         return own(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(stages.ppo.train, "look", look)
+        patch.setattr(stages.ppo.train, "score", score)
         assert stopped(count, owner, name, lambda: ppo(root), root, patch) == 2
-    assert looks == (3 if name == "collate" else 2)  # what is asked for in the rollout is heeded there
+    assert scored == (3 if name == "collate" else 2)  # what is asked for in the rollout is heeded there
     ppo(root, resume=True)
     assert hashes_of(root / "ppo") == hashes_of(tmp_path / "whole" / "ppo")
+
+
+@pytest.mark.parametrize(("stage", "encode"), [(sft, "encode_demonstrations"), (reward, "encode_comparisons")])
+def test_a_stage_is_stopped_while_it_tokenizes(
+    stage: Callable[..., StageResult], encode: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(StageContext, "load_sft")  # what would come next
+    owner = stages.sft.train if stage is sft else stages.reward.train
+    assert stopped(1, owner, encode, lambda: stage(tmp_path), tmp_path, monkeypatch) == 0
+
+
+@pytest.mark.parametrize(("stage", "measuring"), [(sft, "held-out NLL"), (reward, "SFT answers")])
+def test_a_stage_tells_how_far_it_is_where_it_does_not_train(
+    stage: Callable[..., StageResult], measuring: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: dict[str, list[tuple[int, int]]] = {}
+
+    def progress(tracker: Tracker, done: int, total: int, doing: str) -> None:
+        told.setdefault(doing, []).append((done, total))
+
+    monkeypatch.setattr(Tracker, "progress", progress)
+    stage(tmp_path)
+    assert {done == total for done, total in told["tokenizing"]} == {False, True}  # from 0 to all
+    assert told[measuring][0][0] == 0
 
 
 def test_sft_that_dies_while_it_is_measured_is_not_trained_again(
@@ -197,7 +223,7 @@ def test_a_kl_coefficient_that_was_changed_on_the_way_is_the_one_that_is_gone_on
         config = ppo_config(updates=4, checkpoints=NEVER, kl=kl)
         run_ppo(config, ppo_inputs(tmp_path), context_of(resident(), tmp_path, "ppo", resume=resume))
 
-    stopped(3, stages.ppo.train, "look", lambda: ppo(0.05), tmp_path, monkeypatch)
+    stopped(3, stages.ppo.train, "score", lambda: ppo(0.05), tmp_path, monkeypatch)
     ppo(0.5, resume=True)
     found = [line["objective/kl_coefficient"] for line in metrics_of(tmp_path / "ppo")]
     assert found[0] == 0.05
@@ -213,7 +239,7 @@ def test_a_guard_that_was_allowed_on_the_way_begins_with_a_look(
         config = ppo_config(updates=4, checkpoints=NEVER, **sections)
         return run_ppo(config, inputs, context_of(resident(), tmp_path, "ppo", resume=resume))
 
-    stopped(3, stages.ppo.train, "generate_episodes", ppo, tmp_path, monkeypatch)
+    stopped(3, Sampler, "episodes", ppo, tmp_path, monkeypatch)
     result = ppo(resume=True, guard={"every": 50, "prompts": 4, "max_kl": 1e-9})
     assert result.metrics["kept_update"] == 2
     assert [line["step"] for line in metrics_of(tmp_path / "ppo") if "guard/score" in line] == [2]

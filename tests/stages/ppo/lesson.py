@@ -10,9 +10,10 @@ from align.config import PPOConfig
 from align.context import Sampling
 from align.heads import ScoreStatistics
 from align.rewards import RewardModel
+from align.sampler import Sampler
 from stages.ppo.actor_critic import ActorCritic
-from stages.ppo.learn import Learner, Lesson, Texts, estimate
-from stages.ppo.rollout import generate_episodes, look
+from stages.ppo.learn import Experience, Learner, Texts, estimate
+from stages.ppo.rollout import score
 from stages.ppo.shaping import Shaper
 from tests.resident import with_adapters
 from tests.stages.scenes import ppo_config, reward_model_of, sources_of, tokenized
@@ -23,7 +24,7 @@ SCALE = ScoreStatistics(0.0, 1.0, 8)
 
 def scene(
     kind: str = "head", dtype: str = "float32", **sections: object
-) -> tuple[AdaptedModel, ActorCritic, Lesson, PPOConfig]:
+) -> tuple[AdaptedModel, ActorCritic, list[Experience], PPOConfig]:
     """A learner with one rollout of eight episodes to learn from."""
     critic: dict[str, object] = {"kind": kind if kind != "none" else "head"}
     config = ppo_config(critic={**critic, **sections.pop("critic", {})}, **sections)  # type: ignore[dict-item]
@@ -37,27 +38,21 @@ def scene(
     return model, actor_critic, lesson_of(model, actor_critic, own, config), config
 
 
-def lesson_of(model: AdaptedModel, actor_critic: ActorCritic, own: RewardModel, config: PPOConfig) -> Lesson:
+def lesson_of(model: AdaptedModel, actor_critic: ActorCritic, own: RewardModel, config: PPOConfig) -> list[Experience]:
     codec, sources = model.base.codec(None), sources_of(config, model, own)
     responses = config.rollout.responses_per_prompt
     episodes = [
         # cut to several lengths, so that micro-batches differ in how many tokens they hold
         replace(episode, response_ids=episode.response_ids[:length], sampler_logprobs=episode.sampler_logprobs[:length])
         for episode, length in zip(
-            generate_episodes(
-                model,
-                codec,
-                PROMPTS[: 8 // responses],
-                sampling=Sampling.of(config.rollout),
-                seed=0,
-                update=0,
-                responses_per_prompt=responses,
+            Sampler(model, codec, Sampling.of(config.rollout), seed=0).episodes(
+                PROMPTS[: 8 // responses], role="policy", purpose="sample", each=responses
             ),
             (1, 6, 2, 5, 3, 3, 6, 1),
             strict=True,
         )
     ]
-    rollout = look(
+    rollout = score(
         model,
         episodes,
         sources,
@@ -67,19 +62,20 @@ def lesson_of(model: AdaptedModel, actor_critic: ActorCritic, own: RewardModel, 
         pad_id=codec.pad_id,
     )
     shaper = Shaper(config.rewards, config.kl, sources, max_response_length=6)
-    return Lesson(rollout, *estimate(rollout, shaper.shape(rollout).rewards, config.advantage), shaper.kl_coefficient)
+    return estimate(rollout, shaper.shape(rollout).rewards, config.advantage)
 
 
 def learn(
     actor_critic: ActorCritic,
-    lesson: Lesson,
+    lesson: list[Experience],
     config: PPOConfig,
     model: AdaptedModel,
     *,
     update: int = 0,
     texts: Texts | None = None,
 ) -> dict[str, float]:
-    return Learner(actor_critic, model, config, seed=0, texts=texts).learn(lesson, update=update)
+    learner = Learner(actor_critic, model, config, seed=0, texts=texts)
+    return learner.learn(lesson, update=update, kl_coefficient=config.kl.coefficient)
 
 
 def gradients_of_one_minibatch(

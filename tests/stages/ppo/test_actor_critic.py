@@ -11,6 +11,7 @@ from align.heads import ScalarHead, ScoreStatistics, load_head
 from align.rewards import RewardModel
 from stages.ppo.actor_critic import ActorCritic
 from tests.resident import SHAPES, resident, with_adapters
+from tests.stages.scenes import context_of
 
 STATISTICS = ScoreStatistics(0.5, 2.0, 8)
 KINDS = ("head", "adapter")
@@ -139,7 +140,7 @@ def test_policy_and_critic_are_saved_and_come_back(kind: str, tmp_path: Path) ->
     learner = learner_of(model, kind)
     give_gradients(learner, 0)
     learner.step()
-    found = {artifact.kind: artifact for artifact in learner.save(tmp_path, step=1)}
+    found = {artifact.kind: artifact for artifact in learner.save(context_of(model, tmp_path, "ppo"), step=1)}
     assert set(found) == {"adapter", "head"} | ({"value_adapter"} if kind == "adapter" else set())
     other = resident()
     other.load("policy", found["adapter"].path)

@@ -25,7 +25,7 @@ def inputs_of(root: Path) -> PPOInputs:
 def falling_scores(monkeypatch: pytest.MonkeyPatch, scores: list[float]) -> None:
     """Let the looks find these scores, one after another."""
     left = iter(scores)
-    monkeypatch.setattr("stages.ppo.guard.measure", lambda model, held_out: (next(left), 0.5))
+    monkeypatch.setattr("stages.ppo.guard.measure", lambda held_out: (next(left), 0.5))
 
 
 def policy_after(root: Path, updates: int) -> str:

@@ -44,7 +44,7 @@ def test_learning_takes_epochs_times_minibatches_steps_over_whole_micro_batches(
 
     def watched(self: AdaptedModel, ids_BS: torch.Tensor, *others: torch.Tensor, **options: bool) -> torch.Tensor:
         if torch.is_grad_enabled():
-            batches = [mb.batch.ids_BS for mb in lesson.rollout.micro_batches]
+            batches = [own.mb.batch.ids_BS for own in lesson]
             seen[-1].append(next(i for i, own in enumerate(batches) if own is ids_BS))
         return plain(self, ids_BS, *others, **options)
 
@@ -99,12 +99,12 @@ def test_a_policy_changed_between_rollout_and_learning_is_noticed(name: str) -> 
         learn(learner, lesson, config, model)
 
 
-@pytest.mark.parametrize("where", ["advantages", "returns"])
+@pytest.mark.parametrize("where", ["advantages_BT", "returns_BT"])
 def test_a_loss_that_is_not_finite_stops_before_anything_changes(where: str) -> None:
     model, learner, lesson, config = scene()
     before = learner.snapshot()
-    for values_BT in getattr(lesson, where):
-        values_BT[0, 0] = math.nan
+    for own in lesson:
+        getattr(own, where)[0, 0] = math.nan
     with pytest.raises(
         InvariantError,
         match=r"ppo update \d+, minibatch 1: not finite before the optimizer's step: \{'loss/(policy|value)': nan",
@@ -116,7 +116,5 @@ def test_a_loss_that_is_not_finite_stops_before_anything_changes(where: str) -> 
 def test_advantages_are_whitened_over_the_rollout_only_if_asked() -> None:
     for whiten in (True, False):
         _, _, lesson, _ = scene(advantage={"whiten": whiten})
-        flat_N = torch.cat(
-            [a[mb.is_response_BT] for a, mb in zip(lesson.advantages, lesson.rollout.micro_batches, strict=True)]
-        )
+        flat_N = torch.cat([own.advantages_BT[own.mb.is_response_BT] for own in lesson])
         assert (abs(flat_N.mean().item()) < 1e-5 and abs(flat_N.std().item() - 1) < 0.05) == whiten

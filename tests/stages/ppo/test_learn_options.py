@@ -7,7 +7,7 @@ from align.adapters import AdaptedModel
 from align.episodes import policy_pass, text_pass
 from data.tokenization import TokenizedDemonstration
 from stages.ppo import objective
-from stages.ppo.learn import Lesson, Texts
+from stages.ppo.learn import Experience, Texts
 from tests.stages.ppo.lesson import gradients_of_one_minibatch, learn, scene
 
 TEXTS = Texts([TokenizedDemonstration(tuple(range(40, 44 + n)), (False, *[True] * (3 + n))) for n in range(5)], 0)
@@ -47,9 +47,9 @@ def test_an_option_changes_the_gradient_and_the_micro_batch_size_does_not(
         assert ((gradients(size, **OPTIONS[option]) - whole).norm() / whole.norm()).item() < 1e-6
 
 
-def entropy_of(model: AdaptedModel, lesson: Lesson) -> float:
+def entropy_of(model: AdaptedModel, lesson: list[Experience]) -> float:
     with torch.no_grad(), model.role("policy"):
-        passes = [policy_pass(model, mb.batch, with_entropy=True) for mb in lesson.rollout.micro_batches]
+        passes = [policy_pass(model, own.mb.batch, with_entropy=True) for own in lesson]
     return sum(out.entropy_BT.sum().item() for out in passes if out.entropy_BT is not None)
 
 
@@ -70,10 +70,8 @@ def test_a_kl_term_in_the_loss_holds_the_policy_at_the_reference(estimator: str)
         model, learner, lesson, config = scene(kl=kl, loss={"epochs": 8})
         learn(learner, lesson, config, model)
         with torch.no_grad(), model.role("policy"):
-            own = [policy_pass(model, mb.batch).logprobs_BT for mb in lesson.rollout.micro_batches]
-        gaps = [
-            (o - mb.ref_logprobs_BT).square().sum() for o, mb in zip(own, lesson.rollout.micro_batches, strict=True)
-        ]
+            own = [(policy_pass(model, one.mb.batch).logprobs_BT, one.mb.ref_logprobs_BT) for one in lesson]
+        gaps = [(logprobs_BT - ref_BT).square().sum() for logprobs_BT, ref_BT in own]
         distances[coefficient] = sum(gap.item() for gap in gaps)
     assert distances[20.0] < 0.5 * distances[0.0]
 
@@ -111,7 +109,8 @@ def test_group_advantages_find_a_prompts_responses_wherever_they_stand(estimator
     assert learner.critic is None
     assert {name.split("/")[0] for name in learner.names.values()} == {"policy"}
     rows: dict[int, list[tuple[float, float]]] = {0: [], 1: []}
-    for mb, advantages_BT in zip(lesson.rollout.micro_batches, lesson.advantages, strict=True):
+    for one in lesson:
+        mb, advantages_BT = one.mb, one.advantages_BT
         for row, group in enumerate(mb.group_B.tolist()):
             own = advantages_BT[row][mb.is_response_BT[row]]
             assert len(set(own.tolist())) == 1  # one value for all of a response's tokens

@@ -7,16 +7,23 @@ import torch
 from align.adapters import RAW_BASE, AdaptedModel
 from align.episodes import Episode, collate, policy_pass, score_pass, value_pass
 from align.heads import ScalarHead
-from stages.ppo.rollout import Critic, Rollout, drawn_indices, generate_episodes, look
+from align.randomness import drawn_indices
+from align.sampler import Sampler
+from data.tokenization import TokenizedPrompt
+from stages.ppo.rollout import Critic, Rollout, score
 from tests.resident import SHAPES, randomize, with_adapters
 from tests.stages.scenes import SAMPLING, ppo_config, reward_model_of, sources_of, tokenized
 
 PROMPTS = tokenized(*(tuple(range(30 + n, 32 + 2 * n)) for n in range(4)))
 
 
+def episodes_of(model: AdaptedModel, prompts: list[TokenizedPrompt], *, turn: int = 0, each: int = 1) -> list[Episode]:
+    sampler = Sampler(model, model.base.codec(None), SAMPLING, seed=0)
+    return sampler.episodes(prompts, role="policy", purpose="sample", turn=turn, each=each)
+
+
 def rolled_out(model: AdaptedModel, *, size: int = 2, critic_is_adapter: bool = False) -> tuple[list[Episode], Rollout]:
-    codec = model.base.codec(None)
-    episodes = generate_episodes(model, codec, PROMPTS, sampling=SAMPLING, seed=0, update=0)
+    episodes = episodes_of(model, PROMPTS)
     return episodes, looked_at(model, episodes, size=size, critic_is_adapter=critic_is_adapter)
 
 
@@ -26,7 +33,7 @@ def looked_at(
     sources = sources_of(ppo_config(), model, reward_model_of(model))
     critic = Critic(ScalarHead(model.hidden_size).initialize(2), critic_is_adapter)
     pad_id = model.base.codec(None).pad_id
-    return look(model, episodes, sources, critic, micro_batch_size=size, temperature=1.0, pad_id=pad_id)
+    return score(model, episodes, sources, critic, micro_batch_size=size, temperature=1.0, pad_id=pad_id)
 
 
 def test_every_prompt_is_answered_once_in_each_epoch_over_the_prompts() -> None:
@@ -47,10 +54,10 @@ def test_which_prompts_an_update_answers_does_not_depend_on_the_updates_before()
 def test_more_episodes_than_prompts_answer_each_several_times_with_other_words() -> None:
     assert Counter(drawn_indices(0, "prompts", 0, num_drawn=9, size=3)) == {0: 3, 1: 3, 2: 3}
     model = with_adapters("llama", "sft", "policy")
-    codec, same = model.base.codec(None), [PROMPTS[0]] * 4
-    episodes = generate_episodes(model, codec, same, sampling=SAMPLING, seed=0, update=0)
+    same = [PROMPTS[0]] * 4
+    episodes = episodes_of(model, same)
     assert len({episode.response_ids for episode in episodes}) == 4
-    again = generate_episodes(model, codec, same, sampling=SAMPLING, seed=0, update=1)
+    again = episodes_of(model, same, turn=1)
     assert not {e.response_ids for e in episodes} & {e.response_ids for e in again}
 
 
@@ -110,8 +117,7 @@ def test_the_gap_between_sampler_and_trainer_is_measured() -> None:
     model = with_adapters("llama", "sft", "policy", "reward")
     _, rollout = rolled_out(model)
     assert 0 <= rollout.sampler_gap_mean <= rollout.sampler_gap_max < 1e-4
-    codec = model.base.codec(None)
-    episodes = generate_episodes(model, codec, PROMPTS, sampling=SAMPLING, seed=0, update=0)
+    episodes = episodes_of(model, PROMPTS)
     off = episodes[2].sampler_logprobs
     episodes[2] = replace(episodes[2], sampler_logprobs=(off[0] + 0.5, *off[1:]))
     found = looked_at(model, episodes)
@@ -121,8 +127,7 @@ def test_the_gap_between_sampler_and_trainer_is_measured() -> None:
 
 def test_several_responses_to_a_prompt_stand_in_one_group() -> None:
     model = with_adapters("llama", "sft", "policy", "reward")
-    codec = model.base.codec(None)
-    episodes = generate_episodes(model, codec, PROMPTS[:2], sampling=SAMPLING, seed=0, update=0, responses_per_prompt=3)
+    episodes = episodes_of(model, PROMPTS[:2], each=3)
     assert [(e.group, e.prompt_ids, e.prompt_text) for e in episodes] == [
         (group, PROMPTS[group].ids, f"prompt {group}") for group in (0, 0, 0, 1, 1, 1)
     ]

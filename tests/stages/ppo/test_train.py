@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import align.rewards
-import stages.ppo.train
 from align.adapters import AdaptedModel
 from align.artifacts import Artifact, write_directory
 from align.config import PPOConfig
@@ -17,7 +16,8 @@ from align.episodes import EpisodeBatch
 from align.errors import ArtifactError, InvariantError
 from align.heads import ScalarHead, ScoreStatistics, save_head
 from align.rewards import RewardSources, Source
-from stages.ppo.learn import Learner, Lesson, estimate
+from align.sampler import Sampler
+from stages.ppo.learn import Learner, estimate
 from stages.ppo.metrics import describe
 from stages.ppo.rollout import MicroBatch, Rollout
 from stages.ppo.shaping import Shaped, Shaper
@@ -148,7 +148,7 @@ def test_nothing_of_an_update_is_left_when_the_next_one_generates(
     def note() -> None:
         kept.append(len(model._decoder._said))  # pyright: ignore[reportPrivateUsage]
 
-    before_call(monkeypatch, "generate_episodes", note, call=1, owner=stages.ppo.train)
+    before_call(monkeypatch, "episodes", note, call=1, owner=Sampler)
     before_call(monkeypatch, "learn", note, call=1)
     run(tmp_path, ppo_config(), model=model, inputs=ppo_inputs(tmp_path, layers=1))
     assert kept == [0, 4]  # and four micro-batches while it learns
@@ -226,7 +226,7 @@ def test_a_policy_that_is_no_copy_of_sft_is_noticed_before_the_first_update(
 ) -> None:
     model = resident()
     nudged = lambda: nudge(next(iter(model.tensors("policy").values())))  # noqa: E731
-    before_call(monkeypatch, "generate_episodes", nudged, owner=stages.ppo.train)
+    before_call(monkeypatch, "episodes", nudged, owner=Sampler)
     with pytest.raises(
         InvariantError, match=r"policy differs from the reference: largest .* is [0-9.e-]+, allowed 1e-05"
     ):
@@ -327,11 +327,12 @@ def test_the_metrics_of_a_rollout_by_hand() -> None:
         kl={"coefficient": 0.1}, rewards={"missing_eos_penalty": 1.0}, advantage={"lam": 1.0, "whiten": False}
     )
     shaped, sources = shaped_by_hand(config)
-    lesson = Lesson(rollout_by_hand(), *estimate(rollout_by_hand(), shaped.rewards, config.advantage), 0.1)
+    rollout = rollout_by_hand()
+    experience = estimate(rollout, shaped.rewards, config.advantage)
     # With λ = 1 returns are sums of rewards: 1.55, 1.6 | −2.6
-    torch.testing.assert_close(lesson.returns[0], torch.tensor([[1.55, 1.6], [-2.6, 0.0]]))
+    torch.testing.assert_close(experience[0].returns_BT, torch.tensor([[1.55, 1.6], [-2.6, 0.0]]))
     returns, values = torch.tensor([1.55, 1.6, -2.6]), torch.tensor([0.5, 1.0, -1.0])
-    found = describe(lesson, shaped, sources, has_critic=True)
+    found = describe(rollout, shaped, experience, sources, has_critic=True)
     k3 = [math_k3(0.5) + math_k3(-1.0), math_k3(1.0)]
     assert found == pytest.approx(
         {
