@@ -11,6 +11,7 @@ import transformers
 import align.slots
 import stages.ppo.rollout
 import stages.ppo.train
+import stages.reward.train
 import stages.sft.train
 from align.artifacts import newest_whole
 from align.context import StageContext, StageResult
