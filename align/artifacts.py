@@ -213,5 +213,6 @@ def newest_whole(checkpoints: Path) -> tuple[Artifact | None, list[str]]:
 
 
 def checkpoint_folders(checkpoints: Path) -> list[Path]:
-    """The oldest first, whole or not."""
-    return sorted(path for path in checkpoints.glob("update-*") if path.is_dir())
+    """The oldest first, whole or not. From the hundred thousandth step on the name is longer."""
+    found = (path for path in checkpoints.glob("update-*") if path.is_dir())
+    return sorted(found, key=lambda path: (len(path.name), path.name))

@@ -119,7 +119,7 @@ def save_checkpoint(
         path, fill, kind="checkpoint", stage=stage, step=checkpoint.step, base_identity=base_identity
     )
     there = checkpoint_folders(folder)
-    earlier = [other for other in there if other.name <= path.name]
+    earlier = there[: there.index(path) + 1]
     kept = {*earlier[-keep:], *(_best(earlier)[-keep_best:] if keep_best else ())}
     for other in there:
         if other not in kept:

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -213,6 +214,7 @@ def test_an_adapter_saved_by_plain_peft_is_loaded(tmp_path: Path) -> None:
 SAVE = """
 import sys
 from pathlib import Path
+from typing import Any
 from tests.resident import with_adapters
 with_adapters("qwen2", "sft").save("sft", Path(sys.argv[1]))
 """
@@ -422,3 +424,41 @@ def test_adapter_config_names_the_base_and_no_folder_of_this_machine(tmp_path: P
     assert config["base_model_name_or_path"] == "tiny:llama"
     assert config["target_modules"] == sorted(config["target_modules"])
     assert config["inference_mode"] is True
+
+
+def test_the_base_checksum_sees_a_changed_buffer() -> None:
+    model = resident()
+    model.base.model.register_buffer("scale", torch.ones(2))
+    before = model.base_checksum()
+    model.base.model.get_buffer("scale")[0] = 2
+    assert model.base_checksum() != before
+
+
+def test_an_adapter_that_repeats_layers_of_the_base_is_refused(tmp_path: Path) -> None:
+    settings = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", layer_replication=[(0, 2), (0, 2)])
+    get_peft_model(resident().base.model, settings).save_pretrained(str(tmp_path))
+    with pytest.raises(ArtifactError, match="layer_replication"):
+        resident().load("sft", tmp_path)
+
+
+@pytest.mark.parametrize("extra", [{"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}])
+def test_a_variant_of_lora_saved_by_plain_peft_says_what_it_says_there(extra: dict[str, Any], tmp_path: Path) -> None:
+    settings = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", **extra)
+    theirs = get_peft_model(resident().base.model, settings)
+    for key, parameter in theirs.named_parameters():
+        if "lora_" in key:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        said = theirs.eval()(input_ids=torch.tensor([IDS])).logits[0]
+    theirs.save_pretrained(str(tmp_path))
+    model = resident()
+    model.load("sft", tmp_path)
+    with model.role("sft"):
+        torch.testing.assert_close(logits_of(model, IDS), said)
+
+
+def test_two_adapters_of_one_seed_are_drawn_apart() -> None:
+    model = resident()
+    model.add("one", seed=0)
+    model.add("other", seed=0)
+    assert model.checksum("one") != model.checksum("other")

@@ -1,4 +1,5 @@
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -6,8 +7,19 @@ from torch import Tensor, nn
 
 import align.checkpoints
 from align import native
-from align.checkpoints import Checkpoint, load_newest, optimizer_tensors, restore_optimizer, save_checkpoint
+from align.artifacts import checkpoint_folders
+from align.checkpoints import (
+    Checkpoint,
+    StageCheckpoints,
+    load_newest,
+    optimizer_tensors,
+    restore_optimizer,
+    save_checkpoint,
+)
+from align.config.section import PPOCheckpointsConfig
 from align.errors import ArtifactError
+from tests.resident import resident
+from tests.stages.scenes import context_of
 
 BASE = "a" * 64
 
@@ -161,3 +173,34 @@ def test_an_optimizer_goes_on_exactly_where_it_was(tmp_path: Path) -> None:
     steps_of_adam(second, optimizer, 3)
     assert torch.equal(second.weight, whole.weight)
     assert torch.equal(second.bias, whole.bias)
+
+
+def test_a_checkpoint_is_due_so_many_minutes_after_the_last_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(align.checkpoints, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    config = PPOCheckpointsConfig.model_validate({"every": None, "every_minutes": 2})
+    checkpoints = StageCheckpoints(config, context_of(resident(), tmp_path, "ppo"))
+    due: list[bool] = []
+    for seconds in (119.0, 120.0, 239.0, 240.0):
+        now[0] = seconds
+        due.append(checkpoints.is_due(1))
+        if seconds == 120.0:
+            checkpoints.save(1, {}, {})
+    assert due == [False, True, False, True]
+
+
+def test_the_environment_names_the_device() -> None:
+    assert set(align.checkpoints.environment()) == {"threads", "cpu_capability", "kernels", "device", "versions"}
+
+
+def test_checkpoints_are_in_the_order_of_their_steps_however_long_these_are(tmp_path: Path) -> None:
+    for step in (99_998, 99_999, 100_000):
+        checkpoint = Checkpoint(step, {"trained": {"a": torch.ones(1)}}, {"quality": float(step == 99_998)})
+        save_checkpoint(tmp_path, checkpoint, stage="sft", base_identity="a", keep=2, keep_best=1)
+    names = [path.name for path in checkpoint_folders(tmp_path)]
+    assert names == ["update-99998", "update-99999", "update-100000"]
+    newest, _ = load_newest(tmp_path, base_identity="a")
+    assert newest is not None
+    assert newest.step == 100_000

@@ -12,6 +12,7 @@ from align.context import Sampling
 from align.episodes import Episode, collate, policy_pass
 from align.generation import Response, generate, sample
 from align.randomness import keyed_uniforms
+from align.slots import Slots
 from tests.resident import SHAPES, logits_of, with_adapters
 
 SAMPLING = Sampling(temperature=1.0, max_response_length=6, max_prompt_length=64, batch_size=8)
@@ -324,3 +325,50 @@ def test_bfloat16_logits_are_sampled_in_float32() -> None:
     tokens_N, logprobs_N = draw(torch.zeros(1000).bfloat16(), evenly(1000))
     assert tokens_N.tolist() == list(range(1000))
     assert logprobs_N.dtype == torch.float32
+
+
+def test_rows_of_different_lengths_that_move_into_gaps_at_once_go_on_unchanged() -> None:
+    model = with_adapters("llama", "sft")
+    drawn = uniforms(ends={0: 1, 1: 1, 2: 1})  # three gaps: rows of six to eight tokens move into them
+    for one, other in zip(respond(model, PROMPTS, drawn), respond(model, PROMPTS, drawn, batch_size=1), strict=True):
+        assert one.ids == other.ids
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_a_response_may_end_with_the_first_token_past_its_minimum_length() -> None:
+    model = with_adapters("llama", "sft")
+    drawn = uniforms(3, ends={0: 1, 1: 2, 2: 3})
+    responses = respond(model, PROMPTS[:3], drawn, min_response_length=2)
+    assert not responses[0].has_eos or len(responses[0].ids) > 2
+    assert [(len(r.ids), r.has_eos) for r in responses[1:]] == [(3, True), (4, True)]
+
+
+def test_after_the_window_has_moved_back_there_is_room_for_the_longest_prompt() -> None:
+    # One slot of 8 + 2·2 columns: the window moves back for the fifth short prompt, and the longest comes behind it
+    model = with_adapters("llama", "sft")
+    prompts = [(n,) for n in range(5)] + [PROMPTS[7]]
+    drawn = uniforms(6, length=2)
+    refilled = respond(model, prompts, drawn, batch_size=1, max_response_length=2)
+    assert refilled == respond(model, prompts, drawn, batch_size=1, max_response_length=2)
+    together = respond(model, prompts, drawn, batch_size=8, max_response_length=2)
+    assert [r.ids for r in refilled] == [r.ids for r in together]
+
+
+def test_columns_that_no_row_has_written_hold_zeros() -> None:
+    # a masked NaN would come through: 0 · NaN
+    model = with_adapters("llama", "sft")
+    slots = Slots(model, size=3, max_prompt=4, max_response=5, is_refilled=True)
+    torch.use_deterministic_algorithms(True)  # which fills memory that nobody has written with NaN
+    try:
+        with torch.no_grad(), model.role("sft"):
+            slots.enter([(1, 2), (3, 4, 5)], pad_id=0)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(tensor.isfinite().all() for tensor in slots._tensors)  # pyright: ignore[reportPrivateUsage]
+
+
+def test_top_p_is_of_what_may_be_drawn() -> None:
+    # EOS (0.4) is withheld: of the rest 0.3 is half, which reaches 0.45 alone
+    probabilities_V, eos = torch.tensor([0.1, 0.4, 0.2, 0.3]), torch.tensor([1])
+    tokens_N, _ = draw(probabilities_V.log(), evenly(1000), eos=eos, min_response_length=1, top_p=0.45)
+    assert set(tokens_N.tolist()) == {3}

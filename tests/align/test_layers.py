@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from align import few_rows, row_attention
 from align.adapters import AdaptedModel
@@ -230,3 +231,23 @@ def test_checkpointed_layers_keep_their_inputs_alone_and_give_the_same_gradients
     (all_kept, plain), (inputs_kept, checkpointed) = run(is_checkpointed=False), run(is_checkpointed=True)
     assert inputs_kept < all_kept / 4
     assert all(torch.equal(one, other) for one, other in zip(plain, checkpointed, strict=True))
+
+
+def test_an_adapter_that_reaches_a_layer_further_down_ends_what_was_kept(tmp_path: Path) -> None:
+    config = LlamaConfig(vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=3)
+    config.num_attention_heads = config.num_key_value_heads = 2
+    config.eos_token_id = config.pad_token_id = 256
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    resident().base.tokenizer.save_pretrained(tmp_path)
+    deeper = resident(tmp_path, layers=2)
+    deeper.add("policy")
+    randomize(deeper, "policy")
+    (tmp_path / "adapter").mkdir()
+    deeper.save("policy", tmp_path / "adapter")
+    model, ids_BS = resident(tmp_path, layers=1), torch.arange(6)[None]
+    model.add("sft")
+    with torch.no_grad(), model.role("sft"):
+        model.hidden(ids_BS)  # of which two layers are kept
+    model.load("policy", tmp_path / "adapter")
+    with torch.no_grad(), model.role("policy"):
+        assert torch.equal(model.hidden(ids_BS), model.hidden(ids_BS.clone()))

@@ -1,7 +1,10 @@
 """Rows packed into their distinct tokens: the same numbers, from fewer tokens."""
 
 import dataclasses
+import math
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ from align.config import AdaptersConfig
 from align.context import Sampling
 from align.generation import generate
 from align.heads import ScalarHead
-from align.packing import PackedRows
+from align.packing import PackedRows, longest_packed
 from stages.reward.batches import Collator, TrainerRow, batch_scores
 from tests.resident import SHAPES, count_tokens, distance, resident, save_wide_llama, with_adapters
 
@@ -330,3 +333,21 @@ def test_so_they_do_while_attention_drops(monkeypatch: pytest.MonkeyPatch) -> No
         with model.role("reward"):
             model.plain_hidden(ROWS, IS_TOKEN)
     assert counts == [NUM_DISTINCT, ROWS.numel()]
+
+
+@pytest.mark.parametrize(
+    ("setting", "expected"),
+    [
+        ({"attention_chunk_size": 5}, 5),
+        ({"sliding_window": 7, "attention_chunk_size": 5}, 5),
+        ({"sliding_window": 4, "attention_chunk_size": 5}, 4),
+        ({"attn_temperature_tuning": True}, 0),
+        ({}, math.inf),
+    ],
+)
+def test_how_long_rows_may_be_packed_by_what_the_config_says_of_attention(
+    setting: dict[str, Any], expected: float
+) -> None:
+    model = resident()
+    found = longest_packed(model.trunk, SimpleNamespace(**setting), device=model.device, dtype=model.base.dtype)
+    assert found == expected

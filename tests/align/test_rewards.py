@@ -1,8 +1,10 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import align.rewards
 from align.config import RewardsConfig
 from align.episodes import Episode, collate, score_pass
 from align.heads import ScalarHead, ScoreStatistics
@@ -10,7 +12,7 @@ from align.rewards import RewardModel, RewardSources, Source, combine, reward_so
 from align.sampler import text_of
 from data.records import Message
 from tests.align.classifiers import write_classifier
-from tests.resident import drawn_episodes, with_adapters
+from tests.resident import drawn_episodes, resident, with_adapters
 
 HERE = "tests.align.scoring_functions"
 SCORES_KB = torch.tensor([[1.0, 4.0], [2.0, 4.0], [6.0, 4.0]])
@@ -88,3 +90,22 @@ def test_one_reward_model_is_standardised_by_its_own_scale_only_if_asked(normali
     config = RewardsConfig.model_validate({"normalize": normalize})
     sources = reward_sources(config, (member,), model, model.base.codec(None))
     assert sources.standardized({"reward": torch.tensor([7.0])}).item() == expected
+
+
+def test_a_classifier_is_the_revision_that_was_asked_for_and_reads_what_it_was_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Noted:
+        def __init__(self, model: str, **options: Any) -> None:
+            seen.append({"model": model, **options})
+
+    monkeypatch.setattr(align.rewards, "Classifier", Noted)
+    own = {"kind": "classifier", "model": "a/b", "label": "good"}
+    model = resident()
+    for sees in ("response", "both"):
+        config = RewardsConfig.model_validate({"sources": [{**own, "revision": "abc", "sees": sees}]})
+        reward_sources(config, (), model, model.base.codec(None))
+    assert [(one["model"], one["revision"], one["label"]) for one in seen] == [("a/b", "abc", "good")] * 2
+    assert [one["sees_prompt"] for one in seen] == [False, True]

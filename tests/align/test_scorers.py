@@ -1,12 +1,23 @@
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
 from align.errors import ConfigError, ModelError, RewardFunctionError
-from align.scorers import Classifier, RewardFunction, log_odds
+from align.scorers import (
+    Classifier,
+    RewardFunction,
+    _longest,  # pyright: ignore[reportPrivateUsage]
+    log_odds,
+)
 from tests.align.classifiers import write_classifier
 
 CPU = torch.device("cpu")
@@ -130,3 +141,23 @@ def test_a_function_that_fails_is_named_with_the_response(name: str, message: st
 def test_a_function_that_is_not_there_is_a_config_error(target: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RewardFunction(target, timeout_seconds=1)
+
+
+def test_more_texts_than_are_read_at_once_are_each_scored_behind_their_own_prompt(tmp_path: Path) -> None:
+    reads = classifier(write_classifier(tmp_path), sees_prompt=True)
+    found = reads(["good"] * 32 + ["bad"] * 8, ["day"] * 40)
+    good, bad = reads(["good", "bad"], ["day", "day"])
+    torch.testing.assert_close(found, torch.stack([good] * 32 + [bad] * 8))
+
+
+def test_a_classifier_that_counts_positions_from_behind_the_paddings_takes_so_many_less() -> None:
+    config = RobertaConfig(
+        vocab_size=10, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    config.max_position_embeddings, config.pad_token_id = 20, 1
+    model = RobertaForSequenceClassification(config)
+    longest = _longest(model, SimpleNamespace(model_max_length=10**30))
+    assert longest == 18
+    model(input_ids=torch.full((1, longest), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(input_ids=torch.full((1, longest + 1), 5))

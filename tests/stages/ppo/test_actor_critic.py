@@ -151,3 +151,16 @@ def test_policy_and_critic_are_saved_and_come_back(kind: str, tmp_path: Path) ->
     if kind == "adapter":
         other.load("value", found["value_adapter"].path)
         assert other.checksum("value") == model.checksum("value")
+
+
+def test_the_optimizer_has_the_settings_that_were_given() -> None:
+    learner = learner_of(with_adapters("llama", "sft", "reward"), betas=(0.8, 0.7), weight_decay=0.25)
+    for group in learner.optimizer.param_groups:
+        assert (group["betas"], group["weight_decay"], group["eps"]) == ((0.8, 0.7), 0.25, 1e-5)
+
+
+@pytest.mark.parametrize(("kind", "times"), [("head", 10.0), ("adapter", 3.0)])
+def test_a_critic_learns_faster_than_the_policy_unless_told(kind: str, times: float) -> None:
+    model, config = with_adapters("llama", "sft", "reward"), OptimizerConfig(learning_rate=1e-3)
+    learner = ActorCritic(model, CriticConfig.model_validate({"kind": kind}), config)
+    assert [group["lr"] for group in learner.optimizer.param_groups] == pytest.approx([1e-3, times * 1e-3])

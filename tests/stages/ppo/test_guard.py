@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -6,13 +7,24 @@ import torch
 import align.rewards
 from align.adapters import AdaptedModel
 from align.context import PPOInputs
-from align.episodes import EpisodeBatch
+from align.episodes import EpisodeBatch, collate, policy_pass
 from align.heads import ScalarHead
-from stages.ppo.guard import Guard
+from align.sampler import Sampler
+from stages.ppo.guard import Guard, HeldOut, measure
 from stages.ppo.learn import Learner
 from tests.resident import resident, with_adapters
 from tests.stages.ppo.test_train import before_call, run
-from tests.stages.scenes import hashes_of, metrics_of, ppo_config, ppo_inputs, prompts
+from tests.stages.scenes import (
+    SAMPLING,
+    hashes_of,
+    metrics_of,
+    ppo_config,
+    ppo_inputs,
+    prompts,
+    reward_model_of,
+    sources_of,
+    tokenized,
+)
 
 WATCHED = {"every": 1, "prompts": 4}
 
@@ -127,3 +139,24 @@ def test_rloo_learns_what_is_rewarded_without_a_critic(tmp_path: Path, monkeypat
     result = run(tmp_path, config, model=resident())
     assert {artifact.kind for artifact in result.artifacts} == {"adapter"}
     assert not any(name.startswith("value/") for name in metrics_of(tmp_path / "ppo")[0])
+
+
+def test_a_new_best_gives_the_guard_patience_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    falling_scores(monkeypatch, [1.0, 0.5, 2.0, 1.5])
+    result = run(tmp_path, ppo_config(guard={**WATCHED, "patience": 2}), inputs_of(tmp_path))
+    assert (result.metrics["updates"], result.metrics["stopped"]) == (3, None)
+
+
+def test_a_look_measures_the_policys_standardised_score_and_its_kl_at_the_sampling_temperature() -> None:
+    model = with_adapters("llama", "sft", "policy", "reward")
+    codec, sources = model.base.codec(None), sources_of(ppo_config(), model, reward_model_of(model))
+    sampling, asked = replace(SAMPLING, temperature=0.7), tokenized((3, 4), (5, 6, 7))
+    sampler = Sampler(model, codec, sampling, seed=0)
+    score, kl = measure(HeldOut(asked, sampler, sources, 2))
+    episodes = sampler.episodes(asked, role="policy", purpose="guard")
+    batch, logprobs = collate(episodes, pad_id=codec.pad_id, device=model.device), dict[str, torch.Tensor]()
+    for role in ("policy", "sft"):
+        with torch.no_grad(), model.role(role):
+            logprobs[role] = policy_pass(model, batch, temperature=0.7).logprobs_BT
+    assert kl == pytest.approx((logprobs["policy"] - logprobs["sft"]).sum(-1).mean().item(), abs=1e-4)
+    assert score == pytest.approx(sources.standardized(sources.score(batch, episodes)).mean().item(), abs=1e-4)

@@ -1,12 +1,15 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
+import stages.ppo.learn
 from align.adapters import AdaptedModel
 from align.errors import InvariantError
+from stages.ppo.learn import Learner
 from tests.stages.ppo.lesson import gradients_of_one_minibatch, learn, scene
-from tests.stages.scenes import nudge
+from tests.stages.scenes import nudge, ppo_config
 
 
 @pytest.mark.parametrize("kind", ["head", "adapter"])
@@ -118,3 +121,32 @@ def test_advantages_are_whitened_over_the_rollout_only_if_asked() -> None:
         _, _, lesson, _ = scene(advantage={"whiten": whiten})
         flat_N = torch.cat([own.advantages_BT[own.mb.is_response_BT] for own in lesson])
         assert (abs(flat_N.mean().item()) < 1e-5 and abs(flat_N.std().item() - 1) < 0.05) == whiten
+
+
+def test_micro_batches_are_shuffled_anew_in_every_epoch_and_update() -> None:
+    learner = Learner(None, None, ppo_config(), seed=0)  # type: ignore[arg-type]
+    orders: list[tuple[int, ...]] = []
+    for update in (0, 1):
+        minibatches = [part for _, part in learner._minibatches(8, update)]  # pyright: ignore[reportPrivateUsage]
+        orders += [(*minibatches[2 * epoch], *minibatches[2 * epoch + 1]) for epoch in (0, 1)]
+    assert all(sorted(order) == list(range(8)) for order in orders)
+    assert len(set(orders)) == 4
+
+
+def test_every_minibatch_of_a_run_learns_the_next_texts() -> None:
+    learner = Learner(None, None, ppo_config(), seed=0)  # type: ignore[arg-type]
+    numbers = [number for update in range(3) for number, _ in learner._minibatches(4, update)]  # pyright: ignore[reportPrivateUsage]
+    assert numbers == list(range(3 * 2 * 2))
+
+
+@pytest.mark.parametrize(("shift", "clipped"), [(0.5, 1.0), (-0.5, 0.0)])
+def test_a_steps_kl_and_clipped_share_by_hand(shift: float, clipped: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    # ratios e^∓0.5: 0.61 is below 1 − 0.2, 1.65 is inside 1 + 0.9; the KL is ½ 0.5²
+    loss = {"epochs": 1, "minibatches": 1, "clip_low": 0.2, "clip_high": 0.9}
+    model, learner, lesson, config = scene(loss=loss)
+    mbs = [replace(own.mb, logprobs_BT=own.mb.logprobs_BT + shift * own.mb.is_response_BT) for own in lesson]
+    lesson = [replace(own, mb=mb) for own, mb in zip(lesson, mbs, strict=True)]
+    monkeypatch.setattr(stages.ppo.learn, "_verify_first_ratio", lambda *_: None)
+    found = learn(learner, lesson, config, model)
+    assert found["policy/approxkl"] == pytest.approx(0.125, abs=1e-5)
+    assert found["policy/clipfrac"] == pytest.approx(clipped)

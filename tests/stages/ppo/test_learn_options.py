@@ -1,5 +1,7 @@
 """Each option of the loss and of the advantage, in the learner."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -8,7 +10,8 @@ from align.episodes import policy_pass, text_pass
 from data.tokenization import TokenizedDemonstration
 from stages.ppo import objective
 from stages.ppo.learn import Experience, Texts
-from tests.stages.ppo.lesson import gradients_of_one_minibatch, learn, scene
+from tests.stages.ppo.lesson import SCALE, gradients_of_one_minibatch, learn, lesson_of, scene
+from tests.stages.scenes import reward_model_of
 
 TEXTS = Texts([TokenizedDemonstration(tuple(range(40, 44 + n)), (False, *[True] * (3 + n))) for n in range(5)], 0)
 OPTIONS: dict[str, dict[str, dict[str, object]]] = {
@@ -141,3 +144,34 @@ def test_checkpointing_layers_changes_no_gradient(kind: str, monkeypatch: pytest
     ]
     assert torch.equal(*gradients)
     assert asked == [False] * (len(asked) // 2) + [True] * (len(asked) // 2)
+
+
+def test_the_ptx_loss_is_the_mean_nll_of_the_learnt_tokens_times_its_coefficient() -> None:
+    loss = {"epochs": 1, "minibatches": 1, "ptx_coefficient": 0.7, "ptx_batch_size": 5}
+    model, learner, lesson, config = scene(loss=loss)
+    with torch.no_grad(), model.role("policy"):
+        expected = -0.7 * text_pass(model, TEXTS.rows, pad_id=TEXTS.pad_id).mean().item()
+    assert learn(learner, lesson, config, model, texts=TEXTS)["loss/ptx"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_while_the_critic_warms_up_no_text_is_learnt_either() -> None:
+    model, learner, lesson, config = scene(
+        critic={"warmup_updates": 1}, loss={"ptx_coefficient": 3.0, "ptx_batch_size": 2}
+    )
+    before = model.checksum("policy")
+    assert "loss/ptx" not in learn(learner, lesson, config, model, update=0, texts=TEXTS)
+    assert model.checksum("policy") == before
+
+
+@pytest.mark.parametrize(("estimator", "formula"), [("k2", objective.kl_k2), ("k3", objective.kl_k3)])
+def test_the_kl_term_in_the_loss_is_the_mean_of_the_estimator_that_was_asked_for(
+    estimator: str, formula: Callable[..., torch.Tensor]
+) -> None:
+    kl = {"place": "loss", "coefficient": 0.5, "estimator": estimator}
+    model, learner, _, config = scene(kl=kl, loss={"epochs": 1, "minibatches": 1})
+    for tensor in model.tensors("policy").values():  # as in a later update: away from the reference
+        tensor.data.add_(0.05)
+    lesson = lesson_of(model, learner, reward_model_of(model, SCALE), config)
+    mbs = [own.mb for own in lesson]
+    values_N = torch.cat([formula(mb.logprobs_BT, mb.ref_logprobs_BT)[mb.is_response_BT] for mb in mbs])
+    assert learn(learner, lesson, config, model)["loss/kl"] == pytest.approx(0.5 * values_N.mean().item(), rel=1e-4)

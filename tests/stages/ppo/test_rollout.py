@@ -138,3 +138,13 @@ def test_several_responses_to_a_prompt_stand_in_one_group() -> None:
         starts, ends = mb.batch.prompt_length_B.tolist(), mb.batch.response_length_B.tolist()
         rows = zip(mb.batch.ids_BS.tolist(), starts, ends, mb.group_B.tolist(), strict=True)
         assert all(groups[tuple(ids[start : start + length])] == group for ids, start, length, group in rows)
+
+
+def test_whether_a_response_ended_stays_with_it_when_rows_are_sorted_by_length() -> None:
+    model = with_adapters("llama", "sft", "policy", "reward")
+    episodes = episodes_of(model, PROMPTS[::-1])  # the longest first
+    episodes = [replace(episode, has_eos=n < 2) for n, episode in enumerate(episodes)]
+    ended = {episode.prompt_ids: episode.has_eos for episode in episodes}
+    for mb in looked_at(model, episodes).micro_batches:
+        rows = zip(mb.batch.ids_BS.tolist(), mb.batch.prompt_length_B.tolist(), mb.has_eos_B.tolist(), strict=True)
+        assert all(ended[tuple(ids[:start])] == has_eos for ids, start, has_eos in rows)

@@ -388,3 +388,18 @@ def test_what_a_checkpoint_took_stands_in_the_timings_of_the_update_after_it(tmp
     lines = [json.loads(line) for line in (tmp_path / "ppo" / "timings.jsonl").read_text().splitlines()]
     first, second, third = (line["seconds/checkpoint"] for line in lines)
     assert (first, second > 0, third > 0) == (0.0, True, True)
+
+
+def test_policy_reference_and_learner_look_at_the_sampling_temperature(tmp_path: Path) -> None:
+    result = run(tmp_path, ppo_config(updates=2, rollout={"temperature": 0.7}))
+    assert (result.metrics["first_step_kl"], result.metrics["first_minibatch_ratio_error"]) == (0.0, 0.0)
+    assert all(line["rollout/sampler_gap_max"] < 1e-4 for line in metrics_of(tmp_path / "ppo"))
+
+
+def test_the_controller_is_told_the_kl_that_is_logged_and_of_how_many_episodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[float, int]] = []
+    monkeypatch.setattr(Shaper, "adapt", lambda _, kl, *, num_episodes: told.append((kl, num_episodes)))
+    run(tmp_path, ppo_config(rollout={"responses_per_prompt": 2}))
+    assert told == [(line["objective/kl"], 8) for line in metrics_of(tmp_path / "ppo")]
