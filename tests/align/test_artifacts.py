@@ -1,9 +1,19 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from align.artifacts import MANIFEST, Artifact, read_artifact, read_json, sha256_of_json, write_directory, write_json
+from align.artifacts import (
+    MANIFEST,
+    Artifact,
+    clear_leftovers,
+    read_artifact,
+    read_json,
+    sha256_of_json,
+    write_directory,
+    write_json,
+)
 from align.errors import ArtifactError, StorageError
 
 BASE, OTHER_BASE = "a" * 64, "b" * 64
@@ -121,3 +131,39 @@ def test_a_file_below_a_file_is_an_error_that_names_it(tmp_path: Path) -> None:
 
 def test_a_hash_of_json_does_not_depend_on_the_order_of_keys() -> None:
     assert sha256_of_json({"a": 1, "b": 2}) == sha256_of_json({"b": 2, "a": 1}) != sha256_of_json({"a": 2, "b": 1})
+
+
+def test_all_that_is_written_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write(tmp_path / "adapter")
+    temporary = f".adapter.{os.getpid()}.tmp"
+    names = [path.relative_to(tmp_path).as_posix() for path in synced]
+    assert {f"{temporary}/weights.txt", f"{temporary}/inner/more.txt", temporary} <= set(names)
+    assert names[-1] == "."  # last the rename itself
+    synced.clear()
+    write_json(tmp_path / "a.json", 1)
+    assert [path.name for path in synced] == [f".a.json.{os.getpid()}.tmp"]
+    write_json(tmp_path / "a.json", 1, durable=False)
+    assert len(synced) == 1
+
+
+def test_what_killed_writers_left_goes_wherever_they_write_and_nothing_else(tmp_path: Path) -> None:
+    places = (tmp_path, tmp_path / "ppo", tmp_path / "ppo" / "checkpoints")
+    for place in places:
+        (place / ".update-00001.123.old").mkdir(parents=True)
+        (place / ".update-00001.123.tmp").mkdir()
+        (place / ".status.json.123.tmp").write_text("half")
+        (place / ".notes.tmp").write_text("mine")
+    clear_leftovers(tmp_path)
+    assert [[path.name for path in place.glob(".*")] for place in places] == [[".notes.tmp"]] * 3
+
+
+def test_what_was_replaced_is_gone(tmp_path: Path) -> None:
+    write(tmp_path / "adapter")
+    write(tmp_path / "adapter", "two")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]

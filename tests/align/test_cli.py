@@ -80,6 +80,7 @@ def test_check_refuses_a_base_that_a_run_would(recipe: Path, model: str, said: s
         (["check", "CONFIG", "sft.epochs"], "write section.key=value"),
         (["run", "none.yaml"], "there is no such config file"),
         (["run", "CONFIG", "--resume", "--fresh"], "give one of them"),
+        (["run", "CONFIG", "base.model=./nowhere", "--allow-change", "ppo.updates"], "resume goes on from: give both"),
         (["run", "CONFIG", "--stage", "ppo", "run.stages=[sft]"], "has only sft"),
         (["run", "CONFIG", "--stage", "dpo"], "dpo"),
         (["run", "CONFIG", "base.model=./nowhere"], "nowhere"),
@@ -155,3 +156,19 @@ def test_a_reader_that_is_gone_does_not_change_the_exit_code(broken: str, tmp_pa
     if broken == "stdout":
         assert finished.stderr.startswith("error: ")
         assert finished.stderr.count("\n") == 1
+
+
+def test_a_run_that_does_not_run_has_no_time_left(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("run: {stages: [ppo]}")
+    status = {
+        "stage": "ppo",
+        "doing": "update 2",
+        "done": 2,
+        "total": 10,
+        "started": 1.0,
+        "updated": 5.0,
+        "metrics": {},
+    }
+    (tmp_path / "status.json").write_text(json.dumps(status))
+    state = json.loads(align("status", tmp_path, "--json").stdout)
+    assert (state["state"], state["seconds_left"]) == ("stopped", None)

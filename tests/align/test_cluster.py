@@ -150,3 +150,12 @@ for pid in (os.getpid(), *descendants(os.getpid())):
     addresses = done.stdout.split()
     assert len(addresses) > 5, done.stderr
     assert {address.removeprefix("0000000000000000FFFF0000") for address in addresses} == {"0100007F"}
+
+
+def test_cpus_of_a_node_without_a_gpu_are_no_help_beside_one() -> None:
+    assert "Change: cluster.cpus=8 or less" in explained(Resources(12, 1), [CPU_NODE, GPU_NODE], CPU=24.0, GPU=2.0)
+
+
+def test_a_gpu_that_others_hold_is_not_to_be_had_for_fewer_cpus() -> None:
+    said = explained(Resources(4, 1), [GPU_NODE], CPU=8.0, GPU=0.0)
+    assert said.endswith("Others hold it: wait for them, or raise cluster.placement_timeout_seconds.")

@@ -1,7 +1,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from align.evaluation.run import Answers, compare, distinct_2, run_evaluation
 from align.generation import generate
 from align.heads import load_head
 from align.randomness import keyed_uniforms
+from align.rewards import judge
 from align.stopping import ask_to_stop
 from data.tokenization import encode_prompt
 from tests.resident import logits_of, resident, with_adapters
@@ -144,6 +145,36 @@ def test_an_evaluation_by_a_plain_loop(tmp_path: Path) -> None:
     assert found["kl"] == pytest.approx(sum(kls) / 12, abs=1e-4)
     assert found["score_ppo"] == pytest.approx(sum(scores) / 12, abs=1e-4)
     assert abs(sum(kls)) > 1e-2
+
+
+def test_fewer_prompts_than_are_to_be_shown_are_all_shown_and_only_those_asked_are_counted(tmp_path: Path) -> None:
+    made = ppo_inputs(tmp_path)
+    assert made.sft is not None
+    inputs = EvaluationInputs(made.sft, made.sft, made.reward_models, RewardsConfig(), made.prompts, SAMPLING)
+    config = EvaluationConfig(prompts=2, samples=1, show=9)
+    assert len(made.prompts) > 2
+    found = run_evaluation(config, inputs, context_of(resident(), tmp_path, "evaluation"))
+    assert len(cast("list[object]", found.metrics["samples"])) == 2
+    assert found.account is not None
+    assert (found.account.rows_in, found.account.kept) == (2, 2)
+
+
+def test_answers_are_judged_at_the_temperature_that_they_were_drawn_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    def watched(*arguments: Any, temperature: float, **more: Any) -> Any:
+        seen.append(temperature)
+        return judge(*arguments, temperature=temperature, **more)
+
+    monkeypatch.setattr("align.evaluation.run.judge", watched)
+    made = ppo_inputs(tmp_path)
+    assert made.sft is not None
+    sampling = replace(SAMPLING, temperature=0.5)
+    inputs = EvaluationInputs(made.sft, made.sft, made.reward_models, RewardsConfig(), made.prompts, sampling)
+    run_evaluation(EvaluationConfig(prompts=2, samples=1), inputs, context_of(resident(), tmp_path, "evaluation"))
+    assert seen == [0.5, 0.5]
 
 
 # ---- gold ----

@@ -379,3 +379,34 @@ def test_a_result_of_another_version_is_an_error_and_not_a_crash(tmp_path: Path)
     (tmp_path / "result.json").write_text('{"artifacts": []}')
     with pytest.raises(ArtifactError, match="not of this version of align"):
         read_finished(tmp_path)
+
+
+def test_the_head_of_a_brought_reward_adapter_is_verified_against_the_base(tmp_path: Path) -> None:
+    finish(tmp_path, {}, kinds=("head",))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")  # PEFT's own, which names no base
+    config = config_with(tmp_path, "run.stages=[ppo]", f"reward.adapter={tmp_path / 'adapter'}")
+    assert gather("ppo", config, tmp_path, base_identity=BASE, command=COMMAND)["reward_head"] is not None
+    with pytest.raises(ArtifactError, match="was made on base"):
+        gather("ppo", config, tmp_path, base_identity="c" * 64, command=COMMAND)
+
+
+def test_evaluation_depends_on_what_scores_the_answers(tmp_path: Path) -> None:
+    old, new = (parts_of(config_with(tmp_path, f"ppo.rewards.clip={clip}"), "evaluation") for clip in (5.0, 2.0))
+    assert changes(old, new) == "config ppo.rewards.clip changed (5.0 → 2.0)"
+
+
+@pytest.mark.parametrize(
+    "name", ["base.identity", "adapters.targets", "adapters.layers", "ppo.advantage.estimator", "reward.ensemble"]
+)
+def test_what_a_checkpoints_tensors_are_of_cannot_be_allowed_to_change(name: str, tmp_path: Path) -> None:
+    config = config_with(tmp_path)
+    with pytest.raises(UsageError, match="a checkpoint cannot be continued under another one"):
+        verify_allowed([name], config, steps_to_do(config, None))
+
+
+def test_a_finished_stage_with_checkpoints_is_not_unfinished(tmp_path: Path) -> None:
+    parts = parts_of(config_with(tmp_path))
+    leave_checkpoint(tmp_path / "ppo", parts)
+    finish(tmp_path / "ppo", parts)
+    refuse_unfinished(tmp_path / "ppo", command=COMMAND, again=COMMAND)

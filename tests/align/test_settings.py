@@ -236,3 +236,35 @@ def test_the_settings_of_every_objective_are_taken_and_read_back(recipe: Path) -
         config = settings.load(recipe, overrides)
         recipe.with_name("again.yaml").write_text(settings.dump(config), encoding="utf-8")
         assert settings.load(recipe.with_name("again.yaml")).reward == config.reward
+
+
+def test_texts_beside_ppo_and_their_weight_go_together(recipe: Path) -> None:
+    assert "give both or neither" in message_of(recipe, "data.ptx=texts.jsonl")
+    assert "give both or neither" in message_of(recipe, "ppo.loss.ptx_coefficient=0.1")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("reward.checkpoints.keep_best=1", "give early_stopping.every, too"),
+        ("ppo.checkpoints.keep_best=1", "give guard.every, too"),
+        ("ppo.loss.clip_low=1", "less than 1"),
+    ],
+)
+def test_what_would_do_nothing_or_hold_nothing_back_is_refused(recipe: Path, override: str, expected: str) -> None:
+    assert expected in message_of(recipe, override)
+
+
+def test_a_section_that_is_given_anew_is_not_blamed_on_the_file(recipe: Path) -> None:
+    override = "sft={learning_rate: -1}"
+    assert message_of(recipe, override) == f"override {override}: sft.learning_rate: -1: input should be greater than 0"
+
+
+def test_a_folder_that_is_called_as_a_base_of_ours_does_not_hide_it(recipe: Path, in_folder: Path) -> None:
+    (Path.cwd() / "embedded").mkdir()
+    assert settings.load(recipe, ["base.model=embedded"]).base.model == "embedded"
+
+
+def test_a_classifier_beside_the_config_is_found_from_anywhere(recipe: Path) -> None:
+    with_text(recipe, "  updates: 4\n", "  updates: 4\n  rewards: {sources: [{kind: classifier, model: ./judge}]}\n")
+    assert settings.load(recipe).ppo.rewards.sources[0].model == str(recipe.parent / "judge")

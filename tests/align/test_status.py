@@ -11,6 +11,7 @@ from rich.console import Console
 from align.errors import UsageError
 from align.show import clock, pace, state_view
 from align.status import Status, occupied, read_state, read_status, write_end
+from align.stopping import ask_to_stop, is_asked_to_stop
 from align.tracking import Tracker
 
 NOW = 1_000_000.0
@@ -152,3 +153,23 @@ def test_there_is_no_pace_before_the_first_unit_is_done() -> None:
 @pytest.mark.parametrize(("seconds", "said"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00")])
 def test_a_clock_reads_as_people_write_it(seconds: float, said: str) -> None:
     assert clock(seconds) == said
+
+
+def test_a_new_command_forgets_why_the_last_one_stopped(tmp_path: Path) -> None:
+    leave_run(tmp_path)
+    write_end(tmp_path, "out of memory")
+    with occupied(tmp_path):
+        state = read_state(tmp_path, NOW)
+    assert (state.state, state.error) == ("running", None)
+
+
+def test_a_driver_takes_the_folder_over_from_one_that_was_killed(tmp_path: Path) -> None:
+    (tmp_path / ".lock").write_text("pid 7 on another-machine\n")
+    ask_to_stop(tmp_path)
+    with occupied(tmp_path):
+        assert not is_asked_to_stop(tmp_path)
+        with (
+            pytest.raises(UsageError, match=rf"in use by another `align run` \(pid {os.getpid()} on "),
+            occupied(tmp_path),
+        ):
+            pass

@@ -1,12 +1,15 @@
 import json
 import logging
 import math
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from align.errors import ArtifactError, InvariantError, StorageError
+from align.status import read_status
 from align.tracking import Tracker
 
 
@@ -141,3 +144,25 @@ def test_a_folder_that_has_vanished_is_named(tmp_path: Path) -> None:
         tracker.settle()
     with pytest.raises(StorageError, match=r"cannot write .*run/status\.json"):
         tracker.progress(0, 1, "learning")
+
+
+def test_settled_logs_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tracker = Tracker(tmp_path / "ppo", stage="ppo")
+    tracker.log(1, {"x": 1.0})
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda number: synced.append(Path(os.readlink(f"/proc/self/fd/{number}")).name))
+    tracker.settle()
+    assert synced == ["metrics.jsonl", "timings.jsonl"]
+
+
+def test_each_activity_has_a_clock_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("align.tracking.time", SimpleNamespace(time=lambda: clock[0]))
+    tracker = Tracker(tmp_path / "ppo", stage="ppo")
+    told = ((100.0, 0, "reading"), (150.0, 10, "reading"), (160.0, 0, "learning"), (164.0, 10, "learning"))
+    for now, done, doing in told:
+        clock[0] = now
+        tracker.progress(done, 10, doing)
+    status = read_status(tmp_path)
+    assert status is not None
+    assert (status.doing, status.started, status.rate) == ("learning", 160.0, 2.5)

@@ -203,3 +203,22 @@ def test_a_file_that_may_not_be_read_is_an_error_and_no_row(tmp_path: Path, monk
     monkeypatch.setattr(Path, "open", refuse)
     with pytest.raises(DataError, match=r"f\.jsonl\.gz: it cannot be read: Permission denied"):
         cut(path)
+
+
+def test_more_after_an_array_that_ends_with_what_was_read_at_a_time_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    array = b'[{"a": 1}]'
+    monkeypatch.setattr("data.readers._PIECE", len(array))
+    (row, damage) = (
+        raw.content for chunk in cut(written(tmp_path, "f.json", array + b' {"a": 2}')) for raw in raw_rows(chunk)
+    )
+    assert row == {"a": 1}
+    assert isinstance(damage, Damage)
+    assert "more after the array's end" in damage.detail
+
+
+def test_a_row_with_a_field_too_many_is_kept_whole_beside_its_reason(tmp_path: Path) -> None:
+    path = written(tmp_path, "f.csv", b"prompt,text\nwhy,because,really\n")
+    (raw,) = (raw for chunk in cut(path) for raw in raw_rows(chunk))
+    assert json.loads(as_text(raw.content)) == ["why", "because", "really"]

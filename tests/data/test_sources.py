@@ -208,3 +208,12 @@ def test_an_unreachable_hub_is_an_error_that_says_how_to_do_without(monkeypatch:
     with pytest.raises(DataError, match=r"cannot reach hub data set a/b .*give its path"):
         read_records(hub("a/b", subset="c", split="d", revision="e"), "prompt")
     assert asked == [("a/b", "c", "d", "e")]
+
+
+def test_the_content_hash_of_a_data_set_says_which_split_was_read(tmp_path: Path) -> None:
+    made = write_dataset(
+        tmp_path / "pairs", "comparison", train=[pair("Yes", "No")], held_out=[pair("Yes", "No", prompt="How?")]
+    )
+    sources = [SourceConfig(path=made, split=split) for split in ("train", "held_out")]
+    train, held_out = (read_records(one, "comparison").content_hash for one in sources)
+    assert train != held_out

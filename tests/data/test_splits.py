@@ -57,3 +57,7 @@ def test_shared_prompts_counts_the_distinct_held_out_prompts_that_are_trained_on
 def test_a_split_with_an_empty_side_says_what_to_give(fraction: float) -> None:
     with pytest.raises(DataError, match="give held_out"):
         split_by_prompt(PROMPTS[:10], held_out_fraction=fraction, seed=0)
+
+
+def test_case_is_left_out_in_every_script() -> None:
+    assert normalized_prompt(prompt("Die STRASSE?")) == normalized_prompt(prompt("die Straße?"))

@@ -112,3 +112,10 @@ def test_advice_is_a_valid_config(micro: int) -> None:
     of = config(stages=("sft",), sft={"batch_size": 2 * micro, "micro_batch_size": micro})
     for change in changes(of, device(of, 0.5)):
         assert change.peak > 0
+
+
+def test_what_a_combination_turns_out_not_to_need_is_left_out_of_it() -> None:
+    rows = {"max_length": 128, "batch_size": 8, "micro_batch_size": 4}
+    of = config(sft=rows, reward=rows)
+    *_, together = changes(of, device(of, 0.3))  # on the way there gradient_checkpointing is tried, too
+    assert together.settings == ("reward.micro_batch_size=1", "sft.micro_batch_size=1")

@@ -169,3 +169,28 @@ def test_on_a_cpu_the_heaps_holes_count_beside_the_activations() -> None:
     assert device.host == 0
     assert host.activations == device.activations > 0
     assert host.host == memory.PROCESS_BYTES + int(memory.HEAP_HOLES * host.activations)
+
+
+def test_episodes_that_devices_cannot_share_evenly_are_rounded_up() -> None:
+    alone, shared = phase(config(), "ppo", "learn"), phase(config(), "ppo", "learn", gpus=3)
+    assert 16 * shared.flops == 6 * alone.flops  # 16 episodes on 3 devices: 6 on the fullest
+
+
+def test_the_evaluation_has_no_critic_and_looks_at_whole_batches_of_answers() -> None:
+    bytes_ = phase(config(), "evaluation", "").bytes
+    assert bytes_.adapters == 3 * ADAPTER + HEAD  # sft, policy, reward and its head
+    assert bytes_.optimizer == 0
+    assert bytes_.activations == memory.forward_activations(SMALL, 8 * (6 + 4), dtype_bytes=2)
+
+
+def test_a_value_adapter_looks_at_the_rollout_too() -> None:
+    critic = config(ppo={"critic": {"kind": "adapter"}})
+    more = phase(critic, "ppo", "score").flops - phase(config(), "ppo", "score").flops
+    assert more == flops.forward(SMALL, Rows(16, 10), rank=2)
+
+
+def test_a_reward_model_that_is_brought_is_one() -> None:
+    of = config(stages=("ppo",), reward={"adapter": "adapter", "ensemble": 3})
+    assert [role.name for role in forecast(of, SMALL, on_gpu=True).roles if role.name.startswith("reward")] == [
+        "reward: an adapter and a head"
+    ]

@@ -69,3 +69,10 @@ def test_what_is_no_decoder_only_transformer_is_refused(config: PreTrainedConfig
 def test_a_base_that_is_not_there_is_named() -> None:
     with pytest.raises(ModelError, match="nowhere"):
         read_shape(BaseModelConfig(model="./nowhere"), AdaptersConfig())
+
+
+def test_auto_is_bfloat16_in_a_plan_for_a_gpu_made_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("align.plan.meta.auto_dtype", lambda device: torch.float32)  # a CPU without AMX
+    base = BaseModelConfig(model="tiny:llama", device="cpu")
+    found = [read_shape(base, AdaptersConfig(), for_gpu=for_gpu).auto_bytes for for_gpu in (False, True)]
+    assert found == [4, 2]

@@ -452,3 +452,43 @@ def test_sources_are_mixed_by_weight_and_what_is_not_drawn_is_accounted_for(tmp_
     account = account_of(make(tmp_path, *paths, weights=(1.0, 2.0)))
     assert {Path(name).stem: own["kept"] for name, own in account["sources"].items()} == {"a": 10, "b": 20}
     assert account["rejected"] == {"not drawn by weight": 50}
+
+
+def test_what_a_process_that_still_runs_has_beside_the_set_is_left_alone(tmp_path: Path) -> None:
+    running = tmp_path / f".set.{os.getppid()}.scratch"
+    running.mkdir()
+    make(tmp_path, written(tmp_path / "f.jsonl", [pair("a", "b", "c")]))
+    assert running.exists()
+
+
+def test_pieces_may_come_back_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import data.ingestion.find
+
+    path = written(tmp_path / "f.jsonl", [pair(f"question {n}", "good", "bad") for n in range(50)])
+    monkeypatch.setattr(data.ingestion.find, "cut", partial(data.ingestion.find.cut, chunk_bytes=500))
+    whole = make(tmp_path, path, to="whole")
+    backwards = make(tmp_path, path, to="backwards", engine=lambda sift, pieces: [sift(one) for one in pieces][::-1])
+    assert rows_of(backwards) == rows_of(whole)
+
+
+def test_how_alike_near_duplicates_are_is_as_asked_for(tmp_path: Path) -> None:
+    same, one, other = (" ".join(f"{word}{n}" for n in range(size)) for word, size in (("w", 60), ("x", 20), ("y", 20)))
+    rows = [pair(same, f"{same} {one}", "no"), pair(same, f"{same} {other}", "no")]  # 56 of 96 shingles are common
+    path = written(tmp_path / "f.jsonl", rows)
+    kept = [account_of(make(tmp_path, path, to=str(at), near_threshold=at))["kept"] for at in (0.5, 0.8)]
+    assert kept == [1, 2]
+
+
+def test_the_opposite_verdict_on_nearly_the_same_answer_is_no_near_duplicate(tmp_path: Path) -> None:
+    answer = " ".join(f"word{n}" for n in range(80))
+    rows = [
+        {"prompt": "why", "completion": answer, "label": True},
+        {"prompt": "why", "completion": f"{answer} end", "label": False},
+    ]
+    assert account_of(make(tmp_path, written(tmp_path / "f.jsonl", rows), near_threshold=0.8))["kept"] == 2
+
+
+def test_two_verdicts_on_one_answer_are_a_contradiction_and_no_duplicate(tmp_path: Path) -> None:
+    rows = [{"prompt": "why", "completion": "so", "label": label} for label in (True, False)]
+    rows.append({"prompt": "how", "completion": "so", "label": True})
+    assert account_of(make(tmp_path, written(tmp_path / "f.jsonl", rows)))["rejected"] == {"contradictory": 2}

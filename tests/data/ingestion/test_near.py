@@ -84,3 +84,11 @@ def test_what_is_alike_shares_a_bucket_and_is_compared_with_what_came_before() -
 def test_bands_bring_99_of_100_pairs_at_the_threshold_together(threshold: float, rows: int) -> None:
     assert rows_per_band(threshold) == rows
     assert 1 - (1 - threshold**rows) ** (SLOTS // rows) >= 0.99
+
+
+def test_a_row_is_held_against_the_first_of_its_bucket_and_the_one_before_it() -> None:
+    same = np.zeros((3, 2, SLOTS), np.uint32)
+    found = candidates(same, REST, np.arange(3), threshold=0.8, among=np.arange(3))
+    assert {pair for own, other in found for pair in zip(own.tolist(), other.tolist(), strict=True)} == {
+        (1, 0), (2, 0), (2, 1),
+    }  # fmt: skip

@@ -1,5 +1,6 @@
 """Rows that were once lost, or kept as what they are not, without a word."""
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -242,3 +243,14 @@ def is_alive(pid: str) -> bool:
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
         return False
+
+
+def test_a_source_that_is_rewritten_at_the_same_length_is_told_too(tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", [pair("a", "b", "c")] * 2)
+
+    def rewrite() -> None:
+        written(path, [pair("x", "b", "c")] * 2)
+        os.utime(path, (1, 1))
+
+    with pytest.raises(DataError, match=r"a\.jsonl was changed while it was read; nothing was written"):
+        make(tmp_path, path, engine=during(tmp_path, rewrite))
