@@ -69,6 +69,8 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
                     file.flush()
                     os.fsync(file.fileno())
             temporary.replace(path)
+            if durable:
+                _fsync(path.parent)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -103,8 +105,8 @@ def write_directory(
             files = _hash_files(temporary)
             meta = {"kind": kind, "stage": stage, "step": step, "base_identity": base_identity, "files": files}
             write_json(temporary / MANIFEST, {**meta, "digest": sha256_of_json(meta)})
-            for name in (*files, "."):
-                _fsync(temporary / name)
+            for own in (*temporary.rglob("*"), temporary):
+                _fsync(own)
             if path.exists():  # a rename cannot replace a folder that is not empty
                 old = path.with_name(f".{path.name}.{os.getpid()}.old")
                 path.rename(old)

@@ -102,11 +102,6 @@ def test_a_tie_beside_a_contradiction_contradicts_nobody(tmp_path: Path) -> None
     assert reasons(sifted_of(tmp_path, keys), NOTHING_HELD_OUT) == ["contradictory", "contradictory", None]
 
 
-def test_a_held_out_row_that_is_rejected_itself_holds_no_prompt_out(tmp_path: Path) -> None:
-    sifted = sifted_of(tmp_path, [(1, 8, 7, 1)], [(2, 8, 5, 1), (3, 8, 5, -1)], held_out=1)
-    assert reasons(sifted, SetRules(0.5)) == [None, "contradictory", "contradictory"]
-
-
 def test_a_share_that_is_no_whole_number_of_rows_is_rounded(tmp_path: Path) -> None:
     files = [[(n + 100 * k, n, n + 100 * k, 1) for n in range(size)] for k, size in enumerate((10, 5))]
     found = reasons(sifted_of(tmp_path, *files), SetRules(0.0, weights=(1.0, 3.0)))

@@ -479,15 +479,6 @@ def test_how_alike_near_duplicates_are_is_as_asked_for(tmp_path: Path) -> None:
     assert kept == [1, 2]
 
 
-def test_the_opposite_verdict_on_nearly_the_same_answer_is_no_near_duplicate(tmp_path: Path) -> None:
-    answer = " ".join(f"word{n}" for n in range(80))
-    rows = [
-        {"prompt": "why", "completion": answer, "label": True},
-        {"prompt": "why", "completion": f"{answer} end", "label": False},
-    ]
-    assert account_of(make(tmp_path, written(tmp_path / "f.jsonl", rows), near_threshold=0.8))["kept"] == 2
-
-
 def test_two_verdicts_on_one_answer_are_a_contradiction_and_no_duplicate(tmp_path: Path) -> None:
     rows = [{"prompt": "why", "completion": "so", "label": label} for label in (True, False)]
     rows.append({"prompt": "how", "completion": "so", "label": True})
