@@ -104,7 +104,7 @@ def write_directory(
             fill(temporary)
             files = _hash_files(temporary)
             meta = {"kind": kind, "stage": stage, "step": step, "base_identity": base_identity, "files": files}
-            write_json(temporary / MANIFEST, {**meta, "digest": sha256_of_json(meta)})
+            write_json(temporary / MANIFEST, {**meta, "digest": sha256_of_json(meta)}, durable=False)
             for own in (*temporary.rglob("*"), temporary):
                 _fsync(own)
             if path.exists():  # a rename cannot replace a folder that is not empty

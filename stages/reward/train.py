@@ -62,9 +62,9 @@ def run_reward(config: RewardConfig, inputs: RewardInputs, context: StageContext
     trained = Members(evidence, config, codec, context).train(members)
 
     answers = sample_answers(prompts, Sampler(model, codec, sampling, context.seed), context)
-    tracker.progress(1, 2, "scores")
     measured: list[Measured] = []
     for member, training in zip(members, trained, strict=True):
+        tracker.progress(len(measured), len(members), "scores")
         held_out_N, answers_M = (
             score(model, member, episodes, pad_id=codec.pad_id, batch_size=context.part_of(config.micro_batch_size))
             for episodes in (evidence.held_out_episodes(), answers)
@@ -72,7 +72,7 @@ def run_reward(config: RewardConfig, inputs: RewardInputs, context: StageContext
         if not (held_out_N.isfinite().all() and answers_M.isfinite().all()):
             raise InvariantError(f"reward: scores of {member.name} are not finite after its training; {DIVERGED}")
         measured.append(Measured(member, training, held_out_N, answers_M, statistics_of(answers_M)))
-    tracker.progress(2, 2, "scores")
+    tracker.progress(len(members), len(members), "scores")
 
     artifacts = tuple(artifact for one in measured for artifact in save_member(one, context))
     return StageResult("reward", artifacts, metrics_of(evidence, measured), account)

@@ -408,5 +408,7 @@ def test_what_a_checkpoints_tensors_are_of_cannot_be_allowed_to_change(name: str
 def test_a_finished_stage_with_checkpoints_is_not_unfinished(tmp_path: Path) -> None:
     parts = parts_of(config_with(tmp_path))
     leave_checkpoint(tmp_path / "ppo", parts)
+    with pytest.raises(UsageError, match="holds an unfinished ppo"):
+        refuse_unfinished(tmp_path / "ppo", command=COMMAND, again=COMMAND)
     finish(tmp_path / "ppo", parts)
-    refuse_unfinished(tmp_path / "ppo", command=COMMAND, again=COMMAND)
+    refuse_unfinished(tmp_path / "ppo", command=COMMAND, again=COMMAND)  # raises nothing now
