@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Cache
 
-from align import row_attention
 from align.attention import has_own_attention
 from align.base import Base
 from align.config import AdaptersConfig
 from align.errors import ArtifactError, InvariantError, ModelError
-from align.few_rows import FEW
+from align.kernels import row_attention
+from align.kernels.few_rows import FEW
 from align.layers import DecoderLayers
 from align.logprobs import LMHead
 from align.lora import LoRALinear, decoder_layers, lora_config, use_lora_product

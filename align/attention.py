@@ -6,7 +6,7 @@ three query heads a group that is most of what decoding moves. The queries of a 
 same keys, so they stand side by side instead.
 
 Learning: a mask that only hides padding on the right is not needed, since causal attention never looks there; without
-one, nothing is repeated either, and on a CPU short rows go to `align.row_attention`.
+one, nothing is repeated either, and on a CPU short rows go to `align.kernels.row_attention`.
 """
 
 from typing import Any
@@ -17,8 +17,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from align import packing, row_attention
+from align import packing
 from align.errors import InvariantError
+from align.kernels import row_attention
 
 _NAME = "align_sdpa"
 

@@ -133,9 +133,9 @@ def load_base(config: BaseModelConfig) -> Base:
     """
     import torch
 
-    from align import few_rows, pointwise, row_attention
     from align.attention import use_own_attention
-    from align.products import bound_kernel_caches
+    from align.kernels import few_rows, pointwise, row_attention
+    from align.kernels.products import bound_kernel_caches
 
     global _loads
     resolved = resolve_base(config)
@@ -187,7 +187,7 @@ def auto_dtype(device: "torch.device") -> "torch.dtype":
     """
     import torch
 
-    from align.products import is_made_by_amd
+    from align.kernels.cpu import is_made_by_amd
 
     if device.type == "cuda":
         is_faster = torch.cuda.is_bf16_supported(including_emulation=False)

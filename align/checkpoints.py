@@ -5,12 +5,10 @@ Tensors stand in safetensors files, the rest in sorted JSON, so that equal state
 
 import logging
 import math
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from align import native
 from align.artifacts import (
     Artifact,
     checkpoint_folders,
     newest_whole,
     read_json,
-    sha256_of_json,
     verify_base,
     write_directory,
     write_json,
@@ -34,6 +30,7 @@ from align.artifacts import (
 from align.config import BestCheckpointsConfig, CheckpointsConfig
 from align.context import StageContext
 from align.errors import ArtifactError
+from align.kernels import cpu, native
 
 _log = logging.getLogger(__name__)
 
@@ -57,21 +54,9 @@ def environment() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "kernels": native.present(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu.description(),
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "trl")},
     }
-
-
-@cache
-def _cpu() -> str:
-    """Its model and what it can do, where the system says that: kernels are chosen by more than AVX."""
-    try:
-        said = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return platform.machine()
-    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in said.splitlines())}
-    flags = sha256_of_json(found.get("flags") or found.get("Features"))[:8]
-    return f"{platform.machine()} {found.get('model name', '')} (flags {flags})"
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:

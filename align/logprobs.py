@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
 from align.errors import InvariantError
-from align.products import frozen_product
+from align.kernels.products import frozen_product
 
 ROWS = 1024  # tokens walked at a time
 TILE = 2048  # vocabulary entries: 8 MB of float32 logits, which stay in the cache between the two products

@@ -5,8 +5,8 @@ once more, forwards and backwards, and under a bfloat16 base the input is copied
 low-rank part is added into the product itself, in the base's dtype, and what is kept for the backward pass is x (which
 q, k and v share) and the rank-r x Aᵀ. A and B, and their gradients, stay float32.
 
-Few rows, as in decoding, have a product of their own (`align.few_rows`); where that is not to be had, or left to torch,
-and decoding is compiled, their low-rank part is loops.
+Few rows, as in decoding, have a product of their own (`align.kernels.few_rows`); where that is not to be had, or left
+to torch, and decoding is compiled, their low-rank part is loops.
 """
 
 from typing import Any, cast
@@ -19,10 +19,10 @@ from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from align import few_rows
 from align.config import AdaptersConfig
 from align.errors import ConfigError, ModelError
-from align.products import add_product, frozen_linear, frozen_product
+from align.kernels import few_rows
+from align.kernels.products import add_product, frozen_linear, frozen_product
 
 _LOOPED_ROWS = {torch.float32: 32, torch.bfloat16: 64}  # of compiled decoding, at most; past it products are faster
 

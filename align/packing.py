@@ -4,7 +4,8 @@ A causal model says of a token what follows from it and those before it. So toke
 several rows, as a system prompt does in all and a prompt in those that answer it, need one place: a batch (B, L) is
 packed into one row (1, N) of its distinct tokens, as a prefix tree would hold them. Embeddings, norms and products,
 nearly all the work, know no rows and need not be told. Attention does: it unpacks the rows, and goes on as ever, or
-takes their tokens from where they stand (`align.row_attention`). Values and gradients are the same but for rounding.
+takes their tokens from where they stand (`align.kernels.row_attention`). Values and gradients are the same but for
+rounding.
 (What TRL calls packing puts rows end to end, and shares nothing.)
 """
 

@@ -49,7 +49,7 @@ def kept_for_backward(shape: ModelShape, *, rank: int, dtype_bytes: int, dropout
 
     Frozen weights keep no input. Each norm keeps its own; each adapted linear its input (q, k and v one together, as do
     gate and up) and x Aᵀ; attention q, k, v and a log-sum a head, its output being the output projection's input; the
-    MLP what lies between its products, or with a kernel what goes into it (align.pointwise). Kernels of
+    MLP what lies between its products, or with a kernel what goes into it (align.kernels.pointwise). Kernels of
     FlashAttention's kind are taken for granted: no S × S scores. With dropout the layers are PEFT's own: noise and what
     it left stand in float32 for each of them.
     """

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from align import native, pointwise
 from align.base import auto_dtype, find_device, load_model_config
 from align.config import AdaptersConfig, BaseModelConfig
 from align.errors import ModelError
+from align.kernels import cpu, pointwise
 from align.lora import lora_config
 from align.plan.shape import AdaptedLinear, ModelShape
 
@@ -43,7 +43,7 @@ def shape_of(
             raise ModelError(f"base.model: {config.model_type} is no causal LM of transformers: {reason}") from error
         num_parameters = sum(p.numel() for p in model.parameters())
         attention, mlp, is_gated = _matmul_parameters(model, text)
-        has_kernels = native.has_avx512() and any(
+        has_kernels = cpu.has_avx512() and any(
             pointwise.form(module) is pointwise.GatedMLP for module in model.modules()
         )
         adapted, num_frozen_layers = _adapted(model, adapters)

@@ -25,7 +25,7 @@ class ModelShape:
     head_dim: int
     mlp_width: int  # features between the MLP's products that one token passes: of a mixture, its chosen experts' sum
     is_gated: bool  # act(gate) · up between them, instead of act(up)
-    has_kernels: bool  # of align.pointwise, for its norms and gated MLPs, on this machine's CPU
+    has_kernels: bool  # of align.kernels.pointwise, for its norms and gated MLPs, on this machine's CPU
     vocabulary: int
     num_parameters: int  # tied ones once
     num_matmul_parameters: int  # of the decoder layers, that one token is multiplied with

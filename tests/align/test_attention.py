@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from align import row_attention
 from align.attention import _attend, _mask  # pyright: ignore[reportPrivateUsage]
+from align.kernels import row_attention
 from tests.resident import SHAPES, distance, resident
 
 

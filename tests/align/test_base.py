@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from transformers import MambaConfig, MambaForCausalLM
 
 import align.embedded
-from align import products
 from align.artifacts import sha256_of_file
 from align.base import load_base, load_count, resolve_base
 from align.config import BaseModelConfig
 from align.embedded import convert_embedded, find_embedded
 from align.errors import ModelError
+from align.kernels import cpu
 from align.tiny import build_tiny, find_tiny
 from tests.resident import SHAPES
 
@@ -227,7 +227,7 @@ def test_dtype_auto_is_bfloat16_where_the_cpu_is_faster_in_it(
 ) -> None:
     told = tmp_path / "cpuinfo"
     told.write_text(f"vendor_id\t: {maker}\n")
-    monkeypatch.setattr(products, "_CPU_INFO", told)
+    monkeypatch.setattr(cpu, "_INFO", told)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(capabilities, True))
     base = load_base(BaseModelConfig(model="tiny:llama", dtype="auto", device="cpu"))
     assert base.dtype == base.model.dtype == expected

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 import align.checkpoints
-from align import native
 from align.artifacts import checkpoint_folders
 from align.checkpoints import (
     Checkpoint,
@@ -18,6 +17,7 @@ from align.checkpoints import (
 )
 from align.config.section import PPOCheckpointsConfig
 from align.errors import ArtifactError
+from align.kernels import native
 from tests.resident import resident
 from tests.stages.scenes import context_of
 

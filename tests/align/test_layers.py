@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from align import few_rows, row_attention
 from align.adapters import AdaptedModel
 from align.base import load_base
 from align.config import AdaptersConfig, BaseModelConfig
 from align.context import Sampling
 from align.generation import Response, generate
 from align.heads import ScalarHead
+from align.kernels import few_rows, row_attention
 from tests.resident import SHAPES, count_tokens, distance, randomize, resident, save_wide_llama, with_adapters
 
 DTYPES = ("float32", "bfloat16")

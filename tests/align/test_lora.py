@@ -8,8 +8,9 @@ from peft.tuners.lora import Linear as PeftLinear
 from torch import Tensor
 from torch._inductor.utils import run_fw_bw_and_get_code
 
-from align import few_rows, lora
+from align import lora
 from align.adapters import AdaptedModel
+from align.kernels import few_rows
 from align.lora import LoRALinear
 from tests.resident import SHAPES, with_adapters
 

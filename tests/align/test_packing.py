@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from align import packing, row_attention
+from align import packing
 from align.adapters import AdaptedModel
 from align.config import AdaptersConfig
 from align.context import Sampling
 from align.generation import generate
 from align.heads import ScalarHead
+from align.kernels import row_attention
 from align.packing import PackedRows, longest_packed
 from stages.reward.batches import Collator, TrainerRow, batch_scores
 from tests.resident import SHAPES, count_tokens, distance, resident, save_wide_llama, with_adapters

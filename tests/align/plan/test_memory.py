@@ -4,13 +4,13 @@ from typing import Any
 import pytest
 import torch
 
-from align import native, pointwise
 from align.config import AdaptersConfig, BaseModelConfig
+from align.kernels import cpu, pointwise
 from align.plan import memory
 from align.plan.memory import Footprint
 from align.plan.meta import read_shape
+from tests.align.kernels.test_native import HAS_COMPILER
 from tests.align.plan.shapes import SMALL
-from tests.align.test_native import HAS_COMPILER
 from tests.resident import with_adapters
 
 
@@ -43,7 +43,7 @@ def test_with_kernels_norms_keep_their_dtype_and_gated_mlps_two_tensors() -> Non
 def test_it_is_what_a_real_forward_pass_keeps(
     model: str, tolerance: float, dtype: str, dtype_bytes: int, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if has_kernels and not (native.has_avx512() and HAS_COMPILER):
+    if has_kernels and not (cpu.has_avx512() and HAS_COMPILER):
         pytest.skip("no AVX-512, or no C++ compiler")
     if not has_kernels:
         monkeypatch.setattr(pointwise, "form", lambda _: None)

@@ -3,7 +3,7 @@ products read weights at a fraction of what memory gives.
 
 One pass over the weight, in few_rows.cpp, with the low-rank part inside: each output is one sum over x and x Aᵀ, in
 float32 whatever the dtype. Where AMX makes torch's bfloat16 product with the weight the faster one, the low-rank part
-is added to that, in one step instead of four. Where `align.native` cannot have it, torch's own products do it.
+is added to that, in one step instead of four. Where `align.kernels.native` cannot have it, torch's own products do it.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from align import native
+from align.kernels import cpu, native
 
 FEW = 64  # rows, at most; from there on libraries are as fast
 _SOURCE = Path(__file__).with_suffix(".cpp")
@@ -105,7 +105,7 @@ def _stride(rank: int) -> int:
 
 def _supported() -> tuple[torch.dtype, ...]:
     """The dtypes in which this CPU can do it, and does it faster than torch."""
-    if not native.has_avx512():
+    if not cpu.has_avx512():
         return ()
     is_bfloat16_native = torch.cpu.get_capabilities().get("avx512_bf16")
     return (torch.float32, torch.bfloat16) if is_bfloat16_native else (torch.float32,)

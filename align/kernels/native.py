@@ -17,17 +17,11 @@ import torch
 
 from align.artifacts import sha256_of_json
 from align.embedded import cache_folder
+from align.kernels.cpu import AVX512
 
 _COMPILERS = ("g++", "c++")
 _FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared")
 _present: set[str] = set()  # what was loaded, by the names of the files
-_AVX512 = ("avx512_f", "avx512_bw", "avx512_dq", "avx512_vl", "fma3")
-
-
-def has_avx512() -> bool:
-    """Whether this CPU has all that our sources take for granted."""
-    capabilities = torch.cpu.get_capabilities()
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and all(capabilities.get(name) for name in _AVX512)
 
 
 def present() -> list[str]:
@@ -65,7 +59,7 @@ def _loaded(source: Path, flags: tuple[str, ...]) -> ctypes.CDLL:
     compiler = shlex.split(os.environ.get("CXX", "")) or [name for name in _COMPILERS if shutil.which(name)][:1]
     if not compiler:
         raise OSError(f"there is no C++ compiler ({' or '.join(_COMPILERS)}; or name one in CXX)")
-    instructions = [f"-m{name.replace('_', '').replace('fma3', 'fma')}" for name in _AVX512]
+    instructions = [f"-m{name.replace('_', '').replace('fma3', 'fma')}" for name in AVX512]
     command = [*compiler, *_FLAGS, *instructions, *flags, str(source)]
     texts = [path.read_text(encoding="utf-8") for path in (source, *sorted(source.parent.glob("*.hpp")))]
     key = sha256_of_json([*texts, *command[:-1]])

@@ -2,8 +2,8 @@
 
 torch's flash attention is made for long rows: of fifty to a hundred tokens it spends its time on what causality empties
 and on the way to products, and it needs packed rows (`align.packing`) unpacked. This takes tokens from wherever they
-stand, answers for what several rows begin with once, and sums in float32 whatever the dtype. Where `align.native`
-cannot have it, torch's own attention does it.
+stand, answers for what several rows begin with once, and sums in float32 whatever the dtype. Where
+`align.kernels.native` cannot have it, torch's own attention does it.
 """
 
 import ctypes
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from align import native
+from align.kernels import cpu, native
 from align.packing import PackedRows
 
 LONGEST = 1024  # tokens of a row, at most; from there on torch's is as fast in float32
@@ -30,7 +30,7 @@ def prepare() -> None:
     """Compile or find the kernels; to be called before weights are used. Where they cannot be had it says why, and all
     goes on without."""
     global _dtypes
-    if _dtypes or not native.has_avx512():
+    if _dtypes or not cpu.has_avx512():
         return
     library = native.library(_SOURCE, loss="learning takes longer than it could, with torch's attention")
     if library is None:

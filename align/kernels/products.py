@@ -1,16 +1,15 @@
 """The products that are most of what a base computes: with a frozen weight, and the sum of one with a small one."""
 
 import os
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from align import few_rows
+from align.kernels import few_rows
+from align.kernels.cpu import is_made_by_amd
 
-_CPU_INFO = Path("/proc/cpuinfo")
 _WEIGHT_FIRST = 32  # rows, at most: MKL is twice as fast with the weight first; at 64 rows there is no difference
 
 # oneDNN's own cache of kernels, and torch's before it. By default 1,024 each, of up to 1 MB: one for each shape of a
@@ -24,11 +23,6 @@ def bound_kernel_caches() -> None:
     what the user has set stands."""
     for name in _KERNEL_CACHES:
         os.environ.setdefault(name, str(_KERNELS))
-
-
-def is_made_by_amd() -> bool:
-    """Whether this machine's CPU is AMD's, which asks for other choices than Intel's with the same instructions."""
-    return _CPU_INFO.is_file() and "AuthenticAMD" in _CPU_INFO.read_text()
 
 
 # torch gives float32 products to MKL; on AMD's cores the oneDNN that torch brings too is up to 1.8 times as fast

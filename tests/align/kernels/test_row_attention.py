@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from align import native, row_attention
+from align.kernels import cpu, row_attention
+from align.kernels.row_attention import attend, fits
 from align.packing import PackedRows
-from align.row_attention import attend, fits
-from tests.align.test_native import HAS_COMPILER
+from tests.align.kernels.test_native import HAS_COMPILER
 
 States = tuple[Tensor, Tensor, Tensor]
 DTYPES = (torch.float32, torch.bfloat16)
-pytestmark = pytest.mark.skipif(not (native.has_avx512() and HAS_COMPILER), reason="no AVX-512, or no C++ compiler")
+pytestmark = pytest.mark.skipif(not (cpu.has_avx512() and HAS_COMPILER), reason="no AVX-512, or no C++ compiler")
 SHAPES = [(2, 9, 3, 58, 64), (3, 4, 4, 7, 16), (1, 4, 2, 100, 80), (2, 2, 1, 33, 48), (1, 2, 2, 130, 32)]
 TREES = {  # rows of ids; 0 is padding
     "a prompt": [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 7, 0], [1, 2, 3, 9, 8, 7], [1, 2, 3, 9, 0, 0]],

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from align import native
+from align.kernels import cpu, native
 
 HAS_COMPILER = any(map(shutil.which, native._COMPILERS))  # pyright: ignore[reportPrivateUsage]
-pytestmark = pytest.mark.skipif(not (native.has_avx512() and HAS_COMPILER), reason="no AVX-512, or no C++ compiler")
+pytestmark = pytest.mark.skipif(not (cpu.has_avx512() and HAS_COMPILER), reason="no AVX-512, or no C++ compiler")
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from align import products
-from align.products import bound_kernel_caches, frozen_linear, frozen_product
+from align.kernels import products
+from align.kernels.products import bound_kernel_caches, frozen_linear, frozen_product
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
 
@@ -55,20 +54,11 @@ def test_a_compiler_leaves_onednns_product_as_it_is(monkeypatch: pytest.MonkeyPa
     assert torch.equal(compiled(x_NI, weight_OI), frozen_product(x_NI, weight_OI) + 1)
 
 
-def test_amds_cores_are_known_by_what_the_kernel_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for vendor, is_amd in (("AuthenticAMD", True), ("GenuineIntel", False), (None, False)):
-        told = tmp_path / str(vendor)
-        if vendor is not None:
-            told.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\n")
-        monkeypatch.setattr(products, "_CPU_INFO", told)
-        assert products.is_made_by_amd() == is_amd
-
-
 # ---- kernels that are kept ----
 
 _MANY_SHAPES = """
 import ctypes, os, sys, torch
-from align.products import bound_kernel_caches
+from align.kernels.products import bound_kernel_caches
 
 def resident():
     ctypes.CDLL("libc.so.6").malloc_trim(0)

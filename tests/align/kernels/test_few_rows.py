@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from align import few_rows
+from align.kernels import few_rows
+from align.kernels.products import frozen_product
 from align.lora import _product as lora_product  # pyright: ignore[reportPrivateUsage]
-from align.products import frozen_product
-from tests.align.test_native import HAS_COMPILER
+from tests.align.kernels.test_native import HAS_COMPILER
 
 DTYPES = few_rows._supported()  # pyright: ignore[reportPrivateUsage]
 pytestmark = pytest.mark.skipif(not (DTYPES and HAS_COMPILER), reason="no AVX-512, or no C++ compiler")

@@ -12,14 +12,14 @@ from transformers.models.mistral.modeling_mistral import MistralRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
-from align import native, pointwise
-from align.pointwise import use_own_pointwise
-from tests.align.test_native import HAS_COMPILER
+from align.kernels import cpu, pointwise
+from align.kernels.pointwise import use_own_pointwise
+from tests.align.kernels.test_native import HAS_COMPILER
 from tests.resident import distance, resident
 
 DTYPES = (torch.float32, torch.bfloat16)
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 4e-3}
-pytestmark = pytest.mark.skipif(not (native.has_avx512() and HAS_COMPILER), reason="no AVX-512, or no C++ compiler")
+pytestmark = pytest.mark.skipif(not (cpu.has_avx512() and HAS_COMPILER), reason="no AVX-512, or no C++ compiler")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -46,7 +46,7 @@ def mlp(dtype: torch.dtype, act: str = "silu") -> nn.Module:
 
 
 def is_ours(module: nn.Module) -> bool:
-    return type(module).__module__ == "align.pointwise"
+    return type(module).__module__ == "align.kernels.pointwise"
 
 
 def learnt(module: nn.Module, x: Tensor, weight: Tensor) -> list[Tensor]:
@@ -141,7 +141,7 @@ def test_a_model_says_the_same_with_it(dtype: torch.dtype, monkeypatch: pytest.M
     assert sum(map(is_ours, own.modules())) == 2 * 2 + 1 + 2  # two norms and an MLP a layer, and the last norm
     with monkeypatch.context() as patch:
         patch.setattr(pointwise, "_kernels", {})
-        patch.setattr(native, "has_avx512", lambda: False)
+        patch.setattr(cpu, "has_avx512", lambda: False)
         theirs = resident("llama", dtype=name).base.model
     assert not any(map(is_ours, theirs.modules()))
     ids = torch.arange(20)[None]

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from transformers.activations import SiLUActivation
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from align import native
+from align.kernels import cpu, native
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -30,7 +30,7 @@ _kernels: dict[tuple[str, torch.dtype], Callable[..., Any]] = {}
 
 def prepare() -> None:
     """Compile or find the kernels. Where they cannot be had it says why, and all goes on without."""
-    if _kernels or not native.has_avx512():
+    if _kernels or not cpu.has_avx512():
         return
     library = native.library(_SOURCE, loss="learning takes longer than it could, with torch's norms and activations")
     if library is not None:
