@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, cast
 
 from align.errors import ModelError
-from data.records import Message
+from data.records import Message, UnfitError
 from data.template import DEFAULT_CHAT_TEMPLATE
-from data.tokenization import Codec, EncodingError, render, tokenize
+from data.tokenization import Codec, render, tokenize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,7 +40,7 @@ def _find_end_of_turn(codec: Codec) -> int:
     """The first special token that the template writes after an answer, or else the codec's."""
     try:
         text = render(codec, [Message("user", "a"), Message("assistant", _PROBE)], is_open=False)
-    except EncodingError as error:
+    except UnfitError as error:
         what = "a user's and an assistant's turn" if codec.system_prompt is None else "data.system_prompt"
         raise ModelError(f"the model's chat template refuses {what}: {error.detail}") from error
     if codec.system_prompt is not None and codec.system_prompt.strip() not in text:

@@ -19,6 +19,7 @@ from data.records import (
     RecordKind,
     Reject,
     Role,
+    UnfitError,
     Verdict,
 )
 
@@ -36,20 +37,12 @@ _ROLES: Mapping[object, Role] = {"system": "system", "user": "user", "assistant"
 _DETAIL_LENGTH = 80
 
 
-class UnfitError(Exception):
-    """Why a row is not a record: `reason` is a short fixed phrase. It ends as a Reject."""
-
-    def __init__(self, reason: str, field: str, detail: str) -> None:
-        super().__init__(reason, field, detail)
-        self.reason, self.field, self.detail = reason, field, detail
-
-
 def parse_row(row: Row, source: str, kind: RecordKind) -> Record | Reject:
     """The record of `kind` that `row` holds; `source` ("file.jsonl:12") is kept in it."""
     try:
         return _PARSERS[kind](row, source)
     except UnfitError as unfit:
-        return Reject(source, unfit.reason, unfit.field, unfit.detail)
+        return unfit.reject(source)
 
 
 def escape(text: str) -> str:

@@ -92,6 +92,17 @@ class Reject:
     detail: str
 
 
+class UnfitError(Exception):
+    """Why a row is no record, or a record cannot become token ids. It ends as a Reject."""
+
+    def __init__(self, reason: str, field: str, detail: str) -> None:
+        super().__init__(reason, field, detail)
+        self.reason, self.field, self.detail = reason, field, detail
+
+    def reject(self, source: str) -> Reject:
+        return Reject(source, self.reason, self.field, self.detail)
+
+
 @dataclass(frozen=True)
 class Account:
     """rows_in = kept + the sum of rejected; `rejected` maps reason to count, sorted by reason."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar, cast
 
 import jinja2
 
-from data.records import Comparison, Demonstration, Message, PlainText, Prompt, Record, Reject, Verdict
+from data.records import Comparison, Demonstration, Message, PlainText, Prompt, Record, Reject, UnfitError, Verdict
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,15 +24,7 @@ TokenizedT = TypeVar("TokenizedT")
 def _silently(done: int, total: int) -> None: ...
 
 
-class EncodingError(ValueError):
-    """A conversation that cannot become token ids; `reason`, `field` and `detail` are those of its Reject."""
-
-    def __init__(self, reason: str, field: str, detail: str) -> None:
-        super().__init__(reason, field, detail)
-        self.reason, self.field, self.detail = reason, field, detail
-
-
-class TemplateRewriteError(EncodingError):
+class TemplateRewriteError(UnfitError):
     """What the template writes for earlier turns depends on later ones."""
 
 
@@ -79,7 +71,7 @@ class TokenizedPrompt:
 
 
 def encode_prompt(codec: Codec, messages: Sequence[Message]) -> list[int]:
-    """The ids that the assistant's answer follows, generation prompt included. EncodingError if there are none.
+    """The ids that the assistant's answer follows, generation prompt included. UnfitError if there are none.
 
     If the template rewrites earlier answers, its whole text is tokenized at once: nothing has to match it here.
     """
@@ -90,10 +82,10 @@ def encode_prompt(codec: Codec, messages: Sequence[Message]) -> list[int]:
 
 
 def encode_response(codec: Codec, text: str) -> list[int]:
-    """The ids of an answer and the end-of-turn id. EncodingError if the text itself holds an EOS token."""
+    """The ids of an answer and the end-of-turn id. UnfitError if the text itself holds an EOS token."""
     ids = tokenize(codec, text)
     if not set(ids).isdisjoint(codec.eos_ids):
-        raise EncodingError("end token in response", "response", f"the text spells out one of {codec.eos_ids}")
+        raise UnfitError("end token in response", "response", f"the text spells out one of {codec.eos_ids}")
     return [*ids, codec.end_of_turn_id]
 
 
@@ -105,7 +97,7 @@ def decode_response(codec: Codec, ids: Sequence[int]) -> str:
 def encode_conversation(codec: Codec, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
     """(ids, is_response) of a conversation that ends with an answer: the last id is its end-of-turn id.
 
-    `is_response` is True on the tokens of every answer and on the end-of-turn id after it. EncodingError if the
+    `is_response` is True on the tokens of every answer and on the end-of-turn id after it. UnfitError if the
     template refuses the conversation or rewrites earlier turns: then no one sequence shows what a policy would see.
     """
     ids, is_response = _encode_turns(codec, messages[:-1])
@@ -147,7 +139,7 @@ def encode_comparisons(
         for field, side in (("chosen", chosen), ("rejected", rejected)):
             _check_length(len(side), max_length, field)
         if chosen == rejected:
-            raise EncodingError("identical after truncation", "rejected", f"both are the same {len(chosen)} tokens")
+            raise UnfitError("identical after truncation", "rejected", f"both are the same {len(chosen)} tokens")
         prompt = encode_prompt(codec, record.prompt)[max(len(chosen), len(rejected)) - max_length :]
         ids = tuple(prompt), tuple(chosen), tuple(rejected)
         return TokenizedComparison(*ids, record.margin, record.preference, record.source)
@@ -177,7 +169,7 @@ def encode_prompts(
     def encode(prompt: Prompt) -> TokenizedPrompt:
         ids = encode_prompt(codec, prompt.messages)
         if len(ids) > max_prompt_length:
-            raise EncodingError("prompt over length", "prompt", f"{len(ids)} tokens, over {max_prompt_length}")
+            raise UnfitError("prompt over length", "prompt", f"{len(ids)} tokens, over {max_prompt_length}")
         return TokenizedPrompt(tuple(ids), prompt.messages, prompt.source)
 
     return _encode_all(prompts, encode, on_progress)
@@ -192,8 +184,8 @@ def _encode_all(
     for done, record in enumerate(records, start=1):
         try:
             kept.append(encode(record))
-        except EncodingError as error:
-            rejects.append(Reject(record.source, error.reason, error.field, error.detail))
+        except UnfitError as unfit:
+            rejects.append(unfit.reject(record.source))
         if done % 256 == 0 or done == len(records):
             on_progress(done, len(records))
     return kept, rejects
@@ -214,7 +206,7 @@ def _encode_text(codec: Codec, text: str, max_length: int) -> list[TokenizedDemo
 
 def _check_length(length: int, max_length: int, field: str) -> None:
     if length >= max_length:  # one id must be left before a response, or nothing predicts its first token
-        raise EncodingError("response over length", field, f"{length} tokens, over {max_length - 1}")
+        raise UnfitError("response over length", field, f"{length} tokens, over {max_length - 1}")
 
 
 def _encode_turns(codec: Codec, messages: Sequence[Message]) -> tuple[list[int], list[bool]]:
@@ -261,7 +253,7 @@ def render(codec: Codec, messages: Sequence[Message], *, is_open: bool = True) -
     try:
         text = codec.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=is_open)
     except jinja2.TemplateError as error:
-        raise EncodingError("template refuses row", "messages", str(error)) from error
+        raise UnfitError("template refuses row", "messages", str(error)) from error
     return cast(str, text)
 
 

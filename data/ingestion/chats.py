@@ -6,7 +6,8 @@ or out of order passes as it is, for data.formats to reject with the reason that
 
 from typing import cast
 
-from data.formats import Row, UnfitError, as_text, check_learnt, check_no_tools, present, shorten, typed
+from data.formats import Row, as_text, check_learnt, check_no_tools, present, shorten, typed
+from data.records import UnfitError
 
 _ROLES = {"human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "developer": "system"}
 

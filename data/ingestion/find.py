@@ -11,13 +11,13 @@ from typing import cast
 
 from align.config import SourceConfig
 from align.errors import DataError, UsageError
-from data.formats import UnfitError, escape, shorten
+from data.formats import escape, shorten
 from data.ingestion.flat import split_columns
 from data.ingestion.rules import SourceFile, TokenRule
 from data.ingestion.shapes import ROWS_LOOKED_AT, SHAPES, Row, Shape, detect, mapped
 from data.ingestion.sift import Piece
 from data.readers import Chunk, Damage, cut, decode, raw_rows
-from data.records import RecordKind
+from data.records import RecordKind, UnfitError
 from data.sources import is_dataset, load_hub
 
 _HUB = "hub:"

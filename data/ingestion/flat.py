@@ -5,9 +5,9 @@ CSV knows only strings, so numbers and verdicts are read out of strings too.
 
 from collections.abc import Mapping
 
-from data.formats import Row, UnfitError, present, shorten
+from data.formats import Row, present, shorten
 from data.ingestion.chats import canonical_turns, joined_prompt
-from data.records import RecordKind
+from data.records import RecordKind, UnfitError
 
 # Target columns, the optional ones apart, and the kind of record they make.
 TARGETS: tuple[tuple[frozenset[str], frozenset[str], RecordKind], ...] = (

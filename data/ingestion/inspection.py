@@ -28,12 +28,13 @@ from data.records import (
     Record,
     RecordKind,
     Reject,
+    UnfitError,
     Verdict,
     parts_of,
 )
 from data.sources import has_split, is_dataset, iterate_rows
 from data.splits import normalized_prompt, prompt_key
-from data.tokenization import Codec, EncodingError, OnProgress
+from data.tokenization import Codec, OnProgress
 
 _NUM_EXAMPLES = 3
 _MOST_FREQUENT = 10
@@ -222,7 +223,7 @@ class _Tally:
         if self._codec is not None:
             try:
                 self._measure("tokens", record, part_lengths(token_runs(self._codec, record)))
-            except EncodingError as error:
+            except UnfitError as error:
                 self._refused[error.reason] += 1
         if isinstance(record, Comparison):
             self._counts["ties"] += record.preference == 0.5
@@ -284,7 +285,7 @@ class _Tally:
             if self._codec is not None:
                 try:
                     parts = encoded_parts(self._codec, record)
-                except EncodingError as error:
+                except UnfitError as error:
                     refusal = f"{error.reason}: {error.detail}"
             examples.append(Example(split, source, content_hash, parts, refusal))
         return tuple(examples)

@@ -33,7 +33,7 @@ def text_runs(record: Record, *, with_roles: bool = False) -> dict[str, TextRuns
 
 
 def token_runs(codec: Codec, record: Record) -> dict[str, TokenRuns]:
-    """As the stages tokenize it, not cut to any length. EncodingError if the codec has no ids for it."""
+    """As the stages tokenize it, not cut to any length. UnfitError if the codec has no ids for it."""
     if isinstance(record, Demonstration):
         return {"conversation": _runs(*encode_conversation(codec, record.messages))}
     if isinstance(record, PlainText):

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import cast
 
-from data.formats import Row, UnfitError, as_text, present, shorten, typed
+from data.formats import Row, as_text, present, shorten, typed
 from data.ingestion.flat import as_number
+from data.records import UnfitError
 
 _OASST_ROLES: Mapping[object, str] = {"prompter": "user", "assistant": "assistant"}
 

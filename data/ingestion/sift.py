@@ -14,14 +14,14 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data.formats import UnfitError, parse_row, shorten
+from data.formats import parse_row, shorten
 from data.ingestion.near import signatures
 from data.ingestion.rules import IDENTICAL, TIE, RowRules, SourceFile
 from data.ingestion.shapes import SHAPES
 from data.ingestion.tables import REJECTS, SCHEMAS, table_of
 from data.ingestion.tokens import TokenGate
 from data.readers import CHUNK_BYTES, Chunk, Damage, RawRow, as_text, count_rows, decode, raw_rows
-from data.records import Comparison, Record, Reject, Verdict, parts_of
+from data.records import Comparison, Record, Reject, UnfitError, Verdict, parts_of
 from data.splits import normalize, normalized_prompt, prompt_key
 
 # 8 bytes each: among 100 million rows, two different ones share a key with a probability of 3 in 10,000.
@@ -144,7 +144,7 @@ def _records(raw: RawRow, source: SourceFile, rules: RowRules) -> Iterator[Recor
     try:
         rows = source.shape.convert(row)
     except UnfitError as unfit:
-        yield Reject("", unfit.reason, unfit.field, unfit.detail)
+        yield unfit.reject("")
         return
     for canonical in rows:
         yield parse_row(canonical, "", rules.kind)

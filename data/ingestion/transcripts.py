@@ -2,7 +2,8 @@
 
 import re
 
-from data.formats import Row, UnfitError, present, shorten
+from data.formats import Row, present, shorten
+from data.records import UnfitError
 
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ASSISTANT = "\n\nAssistant:"

@@ -8,10 +8,9 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from align.errors import ModelError
 from data.codec import make_codec
-from data.records import Comparison, Demonstration, Message, PlainText, Prompt, Verdict
+from data.records import Comparison, Demonstration, Message, PlainText, Prompt, UnfitError, Verdict
 from data.tokenization import (
     Codec,
-    EncodingError,
     decode_response,
     encode_comparisons,
     encode_conversation,
@@ -201,7 +200,7 @@ def test_decoding_a_response_gives_its_text_back(make: Make) -> None:
 def test_a_response_that_spells_out_an_end_token_is_rejected() -> None:
     codec = codec_of(llama)
     for text in ("Because.</s>", "Be<|eot|>cause."):
-        with pytest.raises(EncodingError, match="end token in response"):
+        with pytest.raises(UnfitError, match="end token in response"):
             encode_response(codec, text)
     kept, rejects = encode_comparisons(codec, [Comparison((USER,), "Yes", "No</s>", "f:3")], max_length=99)
     assert (kept, rejects[0].source, rejects[0].reason) == ([], "f:3", "end token in response")
@@ -235,7 +234,7 @@ def test_a_template_whose_beginning_depends_on_later_turns_rewrites_earlier_ones
     tokenizer.chat_template = "{{ messages | length }}{% for m in messages %}|{{ m['content'] }}<|im_end|>{% endfor %}|"
     codec = make_codec(tokenizer, eos_ids=[], system_prompt=None)
     counted = (USER, Message("assistant", "3"), *TWO_TURNS[2:])  # the answer itself is what the text begins with
-    with pytest.raises(EncodingError, match="template rewrites earlier turns"):
+    with pytest.raises(UnfitError, match="template rewrites earlier turns"):
         encode_conversation(codec, counted)
 
 

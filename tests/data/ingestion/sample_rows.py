@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-from data.formats import UnfitError, parse_row
+from data.formats import parse_row
 from data.ingestion.shapes import SHAPES, Row, Shape, mapped
-from data.records import Reject
+from data.records import Reject, UnfitError
 from tests.data.ingestion.expected import Expected
 
 SAMPLES = Path(__file__).parent / "samples"

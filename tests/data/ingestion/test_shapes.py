@@ -4,9 +4,9 @@ import random
 import pytest
 
 from align.errors import DataError
-from data.formats import UnfitError, parse_row
+from data.formats import parse_row
 from data.ingestion.shapes import SHAPES, Row, Shape, detect, mapped
-from data.records import Comparison, Message
+from data.records import Comparison, Message, UnfitError
 from tests.data.ingestion.expected import EXPECTED, EXPECTED_OF_TABLES, Expected, pair
 from tests.data.ingestion.sample_rows import ALL_SHAPES, MAPS, SAMPLES, outcomes, rows_of, sample, table
 
