@@ -107,21 +107,15 @@ def run(
         _ours_only()
         from align import settings
         from align.driver import run_folder, run_pipeline
+        from align.pipeline import RunCall
         from align.show import make_display, print_view, summary_view
 
         loaded = settings.load(config, overrides or [])
         # Ray prints notices of its own on stdout; with --json that is for the summary alone
         with redirect_stdout(sys.stderr if as_json else sys.stdout), closing(make_display(is_quiet=quiet)) as display:
-            summary = run_pipeline(
-                loaded,
-                stages=STAGE_FUNCTIONS,
-                display=display,
-                command=shlex.join(["align", "run", str(config), *(overrides or [])]),
-                stage=stage,
-                resume=resume,
-                fresh=fresh,
-                allowed=allow_change or (),
-            )
+            command = shlex.join(["align", "run", str(config), *(overrides or [])])
+            call = RunCall(command, stage, resume, fresh, tuple(allow_change or ()))
+            summary = run_pipeline(loaded, call, stages=STAGE_FUNCTIONS, display=display)
         if as_json:
             print(json.dumps(summary, indent=1))
         else:

@@ -1,14 +1,13 @@
 """The driver: reads the data, decides step by step what is to be done, and has the worker do it."""
 
-import shlex
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from align.artifacts import Artifact, newest_whole, write_text
+from align.artifacts import newest_whole, write_text
 from align.base import resolve_base
 from align.cluster import Cluster
 from align.config import Config
@@ -21,7 +20,7 @@ from align.errors import (
     UsageError,
     WorkerDiedError,
 )
-from align.handover import FinishedStep, begin, build_inputs, gather, read_finished, write_finished
+from align.handover import Handover, StageInputs, artifacts_of
 from align.installation import import_root, verify_current_folder
 from align.intake import StageData, parts_of_step, read_stage_data
 from align.messages import MessageReader
@@ -30,6 +29,7 @@ from align.pipeline import (
     STEPS,
     Decision,
     Fingerprint,
+    RunCall,
     StepName,
     decide,
     fingerprint,
@@ -39,6 +39,7 @@ from align.pipeline import (
     verify_allowed,
 )
 from align.plan.forecast import forecast
+from align.results import FinishedStep, begin, read_finished, write_finished
 from align.settings import dump
 from align.sources import source_identities
 from align.status import Status, occupied, read_status, write_end
@@ -61,72 +62,58 @@ class Display(Protocol):
 class Prepared:
     """What one step would run on."""
 
-    artifacts: Mapping[str, Artifact | None]
+    inputs: StageInputs
     data: StageData
     fingerprint: Fingerprint
 
 
 def run_pipeline(
     config: Config,
+    call: RunCall,
     *,
     stages: Mapping[str, StageFunction],
     display: Display,
-    command: str,
-    stage: str | None = None,
-    resume: bool = False,
-    fresh: bool = False,
-    allowed: Sequence[str] = (),
 ) -> dict[str, object]:
     """Run what has to run, and return the summary.
 
     Args:
         stages: each step's function, "evaluation" among them.
-        allowed: what a resume may find changed, by its name in the refusal.
 
     Raises:
         AlignError: one message; its exit_code tells a wrong call from a failed run.
     """
-    steps = steps_to_do(config, stage)
-    verify_allowed(allowed, config, steps)
-    run = run_folder(config)
-    only = [] if stage is None else [f"--stage {stage}"]
-    again = " ".join([command, *only, "--resume", *(f"--allow-change {shlex.quote(name)}" for name in allowed)])
+    steps = steps_to_do(config, call.stage)
+    verify_allowed(call.allowed, config, steps)
+    run, again = run_folder(config), call.again
     verify_current_folder()
     with occupied(run), _said_if_stopped(run, again), heard_signals(partial(_give_up, run, display, again)):
-        if not (resume or fresh or is_in_ray_job()):  # a job that is submitted again goes on: nobody is there to ask
+        if not (call.resume or call.fresh or is_in_ray_job()):  # a job submitted again goes on: nobody is there to ask
             for step in steps:
-                refuse_unfinished(run / step, command=command, again=again)
+                refuse_unfinished(run / step, call)
         # Here, or a missing source would only be told after SFT and reward training
         sources = source_identities(config.ppo.rewards) if "ppo" in steps else {}
         base_identity = resolve_base(config.base).identity
         data = {name: read_stage_data(config, name, run, display.note) for name in config.run.stages if name in steps}
+        handover = Handover(config, run, base_identity, call.command)
         journal = Journal(config, run, base_identity)
         watch = Watch(run, display)
         cluster = Cluster(config, run=run, import_root=import_root(), poll=watch.poll, note=display.note, again=again)
         with closing(cluster):
             for step in steps:
                 stage_data = data["ppo" if step == "evaluation" else step]
-                artifacts = gather(step, config, run, base_identity=base_identity, command=command)
-                prepared = prepare(step, config, stage_data, artifacts, sources, base_identity=base_identity)
-                decision = decide(
-                    step,
-                    run / step,
-                    prepared.fingerprint,
-                    resume=resume,
-                    fresh=fresh,
-                    command=command,
-                    allowed=allowed,
-                )
+                inputs = handover.inputs(step, stage_data)
+                prepared = prepare(step, config, stage_data, inputs, sources, base_identity=base_identity)
+                decision = decide(step, run / step, prepared.fingerprint, call)
                 if step == steps[0]:
                     warn_of_stale(config, steps[0], run=run, base_identity=base_identity, display=display)
                 display.step(step, f"{decision.kind} ({decision.reason})")
                 if decision.finished is None:
                     write_text(run / "config.yaml", dump(config))  # not before: a refused command leaves what is there
-                    call = stage_call(step, stages[step], config, prepared, run, decision)
+                    stage_call = call_of(step, stages[step], config, prepared, run, decision)
                     is_kept = decision.kind == "resume"
                     start = partial(begin, run / step, prepared.fingerprint, keep=is_kept, changed=decision.changed)
                     watch.start()
-                    outcome = run_to_its_end(cluster, call, start, config.cluster.max_failures, display, again)
+                    outcome = run_to_its_end(cluster, stage_call, start, config.cluster.max_failures, display, again)
                     write_finished(run / step, finish(step, outcome, prepared, config))
                     journal.count(step, outcome)
                 journal.record(step)
@@ -149,26 +136,26 @@ def prepare(
     step: StepName,
     config: Config,
     data: StageData,
-    artifacts: Mapping[str, Artifact | None],
+    inputs: StageInputs,
     sources: Mapping[str, str],
     *,
     base_identity: str,
 ) -> Prepared:
-    hashes = {name: artifact and artifact.content_hash for name, artifact in artifacts.items()}
+    hashes = {name: artifact and artifact.content_hash for name, artifact in artifacts_of(inputs).items()}
     if step in ("ppo", "evaluation"):
         hashes |= {f"source.{name}": identity for name, identity in sources.items()}
     parts = parts_of_step(step, data, has_guard=config.ppo.guard.every is not None)
-    return Prepared(artifacts, data, fingerprint(step, config, base_identity=base_identity, data=parts, inputs=hashes))
+    return Prepared(inputs, data, fingerprint(step, config, base_identity=base_identity, data=parts, inputs=hashes))
 
 
-def stage_call(
+def call_of(
     step: StepName, function: StageFunction, config: Config, prepared: Prepared, run: Path, decision: Decision
 ) -> StageCall:
     return StageCall(
         step=step,
         function=function,
         config=getattr(config, step),
-        inputs=build_inputs(step, config, prepared.data, prepared.artifacts),
+        inputs=prepared.inputs,
         folder=run / step,
         run_seed=config.run.seed,
         system_prompt=config.data.system_prompt,

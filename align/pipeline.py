@@ -6,6 +6,7 @@ reason to run again can be said.
 
 import difflib
 import json
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from pydantic import BaseModel
 from align.artifacts import Artifact, checkpoint_folders, newest_whole, read_json
 from align.config import Config, PPOCheckpointsConfig, StageName
 from align.errors import ArtifactError, UsageError
-from align.handover import FinishedStep, read_finished
+from align.results import FinishedStep, read_finished
 
 StepName = Literal["sft", "reward", "ppo", "evaluation"]
 STEPS: tuple[StepName, ...] = ("sft", "reward", "ppo", "evaluation")
@@ -33,6 +34,27 @@ _BOUND = frozenset(
 )
 # These name files; their contents stand in the fingerprint instead, as input.* hashes.
 _BY_CONTENT = frozenset({"sft.adapter", "reward.adapter"})
+
+
+@dataclass(frozen=True)
+class RunCall:
+    """One `align run`, as it was called."""
+
+    command: str  # "align run CONFIG OVERRIDES"
+    stage: str | None = None  # only this one
+    resume: bool = False
+    fresh: bool = False
+    allowed: tuple[str, ...] = ()  # what a resume may find changed, by its name in the refusal
+
+    @property
+    def again(self) -> str:
+        """The command that goes on where this one stops."""
+        only = [] if self.stage is None else [f"--stage {self.stage}"]
+        changes = [f"--allow-change {shlex.quote(name)}" for name in self.allowed]
+        return " ".join([self.command, *only, "--resume", *changes])
+
+    def anew(self, stage: str) -> str:
+        return f"{self.command} --stage {stage} --fresh"
 
 
 @dataclass(frozen=True)
@@ -150,38 +172,28 @@ def _change(key: str, old: object, new: object) -> str:
     return f"config {key} changed ({old} → {new})"
 
 
-def decide(
-    step: StepName,
-    folder: Path,
-    parts: Fingerprint,
-    *,
-    resume: bool,
-    fresh: bool,
-    command: str,
-    allowed: Collection[str] = (),
-) -> Decision:
+def decide(step: StepName, folder: Path, parts: Fingerprint, call: RunCall) -> Decision:
     """What to do about one step, whose folder is `folder`. An unfinished one goes on: `refuse_unfinished` has asked.
 
-    Args:
-        allowed: keys of the fingerprint that --resume may find changed: a finished step stands as it is, an unfinished
-            one goes on with what they are now.
+    Of what a resume may find changed, a finished step stands as it is, and an unfinished one goes on with what it is
+    now.
 
     Raises:
         UsageError: the inputs of an unfinished step, or with --resume of a finished one, are not what they were.
         ArtifactError: the step is finished and its artifacts are damaged.
     """
-    if fresh:
+    if call.fresh:
         return Decision("run", "asked for with --fresh")
     finished = read_finished(folder)
     if finished is not None:
-        changed = changes(finished.fingerprint, parts, but=allowed)
+        changed = changes(finished.fingerprint, parts, but=call.allowed)
         if not changed:
             finished.verify()
             let = changes(finished.fingerprint, parts)
             return Decision("skip", f"stands though {let}" if let else "inputs unchanged", finished=finished)
-        if resume:
-            raise UsageError(_refusal(step, changed, command))
-        return Decision("run", f"run again: {changes(finished.fingerprint, parts, but=allowed, at_most=4)}")
+        if call.resume:
+            raise UsageError(_refusal(step, changed, call))
+        return Decision("run", f"run again: {changes(finished.fingerprint, parts, but=call.allowed, at_most=4)}")
     checkpoint = newest_checkpoint(folder)
     if checkpoint is None:
         return Decision("run", "started before and did not finish" if _started(folder) else "not run yet")
@@ -189,12 +201,12 @@ def decide(
     if started is None:
         raise ArtifactError(
             f"{folder / 'started.json'} is missing: nothing says what {checkpoint.path.name} was made with; start this "
-            f"stage anew: {command} --stage {folder.name} --fresh"
+            f"stage anew: {call.anew(folder.name)}"
         )
-    changed = changes(started, parts, but=allowed)
+    changed = changes(started, parts, but=call.allowed)
     if changed:
-        raise UsageError(_refusal(step, changed, command))
-    let = changes(started, parts, only=allowed) if allowed else ""
+        raise UsageError(_refusal(step, changed, call))
+    let = changes(started, parts, only=call.allowed) if call.allowed else ""
     state = cast("dict[str, Any]", read_json(checkpoint.path / "state.json"))
     after = f"after update {checkpoint.step}{f', though {let}' if let else ''}"
     sizes = [key for key in parts if key.endswith(".micro_batch_size")]
@@ -203,28 +215,25 @@ def decide(
     return Decision("resume", f"continues {after}", split=split, changed=after if let else "")
 
 
-def _refusal(step: StepName, changed: str, command: str) -> str:
+def _refusal(step: StepName, changed: str, call: RunCall) -> str:
     stage = "ppo" if step == "evaluation" else step
     return (
         f"--resume refused, {step}: {changed}. Put that back to continue, or allow it by its name (--allow-change "
-        f"KEY), or start this stage anew: {command} --stage {stage} --fresh"
+        f"KEY), or start this stage anew: {call.anew(stage)}"
     )
 
 
-def refuse_unfinished(folder: Path, *, command: str, again: str) -> None:
+def refuse_unfinished(folder: Path, call: RunCall) -> None:
     """UsageError if the stage in `folder` stopped half-way: for a call that does not say what to do with checkpoints.
 
     The driver asks this of all its steps before the first one runs, so that nobody waits for SFT to hear it.
-
-    Args:
-        again: the command that continues what the call asks for.
     """
     unfinished = checkpoint_folders(folder / "checkpoints")
     if (folder / "result.json").exists() or not unfinished:
         return
     raise UsageError(
-        f"{folder} holds an unfinished {folder.name} ({unfinished[-1].name}). Continue it: {again}; "
-        f"or discard its checkpoints and start it anew: {command} --stage {folder.name} --fresh"
+        f"{folder} holds an unfinished {folder.name} ({unfinished[-1].name}). Continue it: {call.again}; "
+        f"or discard its checkpoints and start it anew: {call.anew(folder.name)}"
     )
 
 

@@ -10,8 +10,8 @@ from typing import Any, cast
 from align.artifacts import Artifact, read_json, write_json
 from align.config import Config
 from align.errors import ArtifactError
-from align.handover import FinishedStep, changed_on_the_way, current_results
 from align.pipeline import StepName, steps_to_do
+from align.results import FinishedStep, changed_on_the_way, current_results
 from align.worker import Outcome
 
 _SECTIONS = {"sft": "sft", "reward": "reward", "ppo": "ppo", "evaluation": "eval"}

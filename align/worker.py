@@ -22,8 +22,8 @@ from align.messages import keep_stderr, write_messages
 if TYPE_CHECKING:
     from align.adapters import AdaptedModel
     from align.context import StageContext, StageResult
-    from align.handover import Vitals
     from align.plan.shape import ModelShape
+    from align.results import Vitals
 
 # A stage: (its section of the config, its inputs, the context) -> StageResult
 StageFunction = Callable[[Any, Any, "StageContext"], "StageResult"]
@@ -173,7 +173,7 @@ def _vitals(seconds: float, base_dtype: str, imports_rss_bytes: int, *, is_on_gp
     import torch
 
     from align.base import load_count
-    from align.handover import Vitals
+    from align.results import Vitals
 
     device_bytes = None
     if is_on_gpu:

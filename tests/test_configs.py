@@ -15,8 +15,9 @@ from align.base import load_base
 from align.config import Config, OptimizerConfig, PPOConfig, RewardConfig, RolloutConfig, SourceConfig
 from align.context import StageContext
 from align.driver import run_pipeline
-from align.handover import Vitals
+from align.pipeline import RunCall
 from align.randomness import stage_seed
+from align.results import Vitals
 from align.show import QuietDisplay
 from align.steps import STAGE_FUNCTIONS
 from align.tiny import find_tiny
@@ -176,7 +177,7 @@ def test_one_small_step_of_each_stage_of_a_recipe_runs(
     monkeypatch.setattr("align.driver.Cluster", WorkerInThisProcess)
     recipe = settings.load(path)
     config = settings.load(path, small_overrides(recipe, tmp_path, bare=bare))
-    summary: Any = run_pipeline(config, stages=STAGE_FUNCTIONS, display=QuietDisplay(), command="align run")
+    summary: Any = run_pipeline(config, RunCall("align run"), stages=STAGE_FUNCTIONS, display=QuietDisplay())
     assert summary["run"]["steps"] == [*recipe.run.stages, "evaluation"]
     for stage in recipe.run.stages:
         metrics = config.run.folder / stage / "metrics.jsonl"

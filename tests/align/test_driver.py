@@ -31,6 +31,7 @@ from align.errors import (
     WorkerDiedError,
     WorkerError,
 )
+from align.pipeline import RunCall
 from align.randomness import stage_seed
 from align.show import QuietDisplay, WhileSeen
 from align.status import Status, read_state
@@ -64,7 +65,7 @@ def run(
 ) -> dict[str, Any]:  # fmt: skip
     config = settings.load(folder / "small.yaml", [f"run.root={folder / 'runs'}", "cluster.cpus=1", *overrides])
     stages = {**fake_stages.STAGES, **(change or {})}
-    return run_pipeline(config, stages=stages, display=display or Recorder(), command=COMMAND, **flags)
+    return run_pipeline(config, RunCall(COMMAND, **flags), stages=stages, display=display or Recorder())
 
 
 def run_of(folder: Path) -> Path:
@@ -172,7 +173,7 @@ def test_what_was_run_on_an_adapter_that_is_brought_is_told_beside_a_stage_that_
 def test_what_stands_by_permission_is_told(folder: Path, finished: tuple[Path, dict[str, Any], Recorder]) -> None:
     run(folder)
     run(folder, "sft.learning_rate=0.3", stage="sft")
-    summary = run(folder, "sft.learning_rate=0.3", resume=True, allowed=["input.sft"], stage="reward")
+    summary = run(folder, "sft.learning_rate=0.3", resume=True, allowed=("input.sft",), stage="reward")
     assert summary["run"]["steps"] == ["sft", "reward"]
 
 
@@ -486,7 +487,7 @@ def test_the_way_to_go_on_names_the_changes_that_were_allowed(folder: Path, ray_
             folder,
             "ppo.updates=8",
             resume=True,
-            allowed=["ppo.updates"],
+            allowed=("ppo.updates",),
             change={"ppo": fake_stages.failing_somehow},
         )
 

@@ -5,25 +5,19 @@ from typing import Any
 import pytest
 
 from align import settings
-from align.artifacts import write_directory
+from align.artifacts import Artifact, write_directory
 from align.config import Config
 from align.errors import ArtifactError, UsageError
 from align.handover import (
-    FinishedStep,
-    Vitals,
-    begin,
+    Handover,
+    artifacts_of,
     brought,
     brought_head,
-    build_inputs,
-    changed_on_the_way,
-    current_results,
-    gather,
-    read_finished,
-    write_finished,
 )
 from align.intake import StageData
 from align.pipeline import (
     Decision,
+    RunCall,
     StepName,
     changes,
     decide,
@@ -31,6 +25,15 @@ from align.pipeline import (
     refuse_unfinished,
     steps_to_do,
     verify_allowed,
+)
+from align.results import (
+    FinishedStep,
+    Vitals,
+    begin,
+    changed_on_the_way,
+    current_results,
+    read_finished,
+    write_finished,
 )
 from tests.align.recipe import write_recipe
 
@@ -79,12 +82,14 @@ def void(_: object) -> None: ...
 def decided(
     folder: Path,
     parts: Mapping[str, object],
-    *,
-    resume: bool = False,
-    fresh: bool = False,
-    **also: Any,
+    **flags: Any,
 ) -> Decision:
-    return decide("ppo", folder, parts, resume=resume, fresh=fresh, command=COMMAND, **also)
+    return decide("ppo", folder, parts, RunCall(COMMAND, **flags))
+
+
+def given(step: str, config: Config, run: Path, *, base_identity: str = BASE) -> Mapping[str, Artifact | None]:
+    handover = Handover(config, run, base_identity, COMMAND)
+    return artifacts_of(handover.inputs(step, StageData((), (), {}, {})))
 
 
 def test_evaluation_follows_ppo_and_only_ppo(tmp_path: Path) -> None:
@@ -189,7 +194,7 @@ def test_an_unfinished_ppo_is_neither_continued_nor_discarded_unasked(tmp_path: 
     leave_checkpoint(tmp_path / "ppo", parts)
     again = f"{COMMAND} --stage ppo --resume"
     with pytest.raises(UsageError, match=f"unfinished ppo .update-00010.*: {again}; .*{COMMAND} --stage ppo --fresh"):
-        refuse_unfinished(tmp_path / "ppo", command=COMMAND, again=again)
+        refuse_unfinished(tmp_path / "ppo", RunCall(COMMAND, stage="ppo"))
     assert decided(tmp_path / "ppo", parts, fresh=True).kind == "run"
     assert (tmp_path / "ppo" / "checkpoints" / "update-00010").is_dir()
 
@@ -214,7 +219,7 @@ def test_resume_continues_after_the_newest_whole_checkpoint(tmp_path: Path) -> N
 def test_the_parts_of_another_micro_batch_are_not_gone_on_with(tmp_path: Path) -> None:
     leave_checkpoint(tmp_path / "ppo", parts_of(config_with(tmp_path), "ppo"))
     parts = parts_of(config_with(tmp_path, "ppo.loss.micro_batch_size=1"), "ppo")
-    decision = decided(tmp_path / "ppo", parts, resume=True, allowed=["ppo.loss.micro_batch_size"])
+    decision = decided(tmp_path / "ppo", parts, resume=True, allowed=("ppo.loss.micro_batch_size",))
     assert decision.split == 1
 
 
@@ -248,8 +253,8 @@ def test_a_change_that_is_allowed_by_its_name_is_gone_on_with_and_noted(tmp_path
     leave_checkpoint(folder, before)
     after = parts_of(config_with(tmp_path, "ppo.updates=6", "ppo.kl.coefficient=0.2"), "ppo")
     with pytest.raises(UsageError, match=r"ppo\.kl\.coefficient changed \(0\.05 → 0\.2\)\. .*--allow-change KEY"):
-        decided(folder, after, resume=True, allowed=["ppo.updates"])
-    decision = decided(folder, after, resume=True, allowed=["ppo.updates", "ppo.kl.coefficient"])
+        decided(folder, after, resume=True, allowed=("ppo.updates",))
+    decision = decided(folder, after, resume=True, allowed=("ppo.updates", "ppo.kl.coefficient"))
     assert "continues after update 10, though config ppo.updates changed (4 → 6); config ppo.kl" in decision.reason
     begin(folder, after, keep=True, changed=decision.changed)
     assert decided(folder, after, resume=True).changed == ""
@@ -262,7 +267,7 @@ def test_a_change_that_is_allowed_by_its_name_is_gone_on_with_and_noted(tmp_path
 def test_a_finished_step_stands_under_a_change_that_is_allowed(tmp_path: Path) -> None:
     finish(tmp_path / "ppo", parts_of(config_with(tmp_path)))
     parts = parts_of(config_with(tmp_path, "sft.epochs=3"))
-    decision = decided(tmp_path / "ppo", parts, resume=True, allowed=["sft.epochs"])
+    decision = decided(tmp_path / "ppo", parts, resume=True, allowed=("sft.epochs",))
     assert (decision.kind, decision.reason) == ("skip", "stands though config sft.epochs changed (1.0 → 3.0)")
 
 
@@ -301,14 +306,14 @@ def test_beginning_anew_leaves_only_the_rejects_and_beginning_to_resume_leaves_a
 
 def test_a_stage_before_its_inputs_names_the_command_to_run_first(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"reward needs the results of sft; first run: {COMMAND} --stage sft"):
-        gather("reward", config_with(tmp_path), tmp_path, base_identity=BASE, command=COMMAND)
+        given("reward", config_with(tmp_path), tmp_path)
 
 
 def test_artifacts_of_another_base_are_refused_naming_both(tmp_path: Path) -> None:
     config = config_with(tmp_path)
     finish(tmp_path / "sft", parts_of(config))
     with pytest.raises(ArtifactError, match=r"was made on base bbbb.*this run's base is cccc"):
-        gather("reward", config, tmp_path, base_identity="c" * 64, command=COMMAND)
+        given("reward", config, tmp_path, base_identity="c" * 64)
 
 
 def test_every_step_gets_the_artifacts_that_earlier_ones_made(tmp_path: Path) -> None:
@@ -316,7 +321,7 @@ def test_every_step_gets_the_artifacts_that_earlier_ones_made(tmp_path: Path) ->
     finish(tmp_path / "sft", parts_of(config))
     finish(tmp_path / "reward", parts_of(config), kinds=("adapter", "head"))
     finish(tmp_path / "ppo", parts_of(config))
-    found = gather("evaluation", config, tmp_path, base_identity=BASE, command=COMMAND)
+    found = given("evaluation", config, tmp_path)
     paths = {name: artifact and artifact.path.relative_to(tmp_path).as_posix() for name, artifact in found.items()}
     assert paths == {
         "sft": "sft/adapter", "reward_adapter": "reward/adapter", "reward_head": "reward/head", "policy": "ppo/adapter",
@@ -325,11 +330,11 @@ def test_every_step_gets_the_artifacts_that_earlier_ones_made(tmp_path: Path) ->
 
 def test_without_an_sft_stage_the_sft_artifact_is_none_or_the_one_brought(tmp_path: Path) -> None:
     config = config_with(tmp_path, "run.stages=[reward, ppo]")
-    assert gather("reward", config, tmp_path, base_identity=BASE, command=COMMAND)["sft"] is None
+    assert given("reward", config, tmp_path)["sft"] is None
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "adapter_config.json").write_text("{}")
     config = config_with(tmp_path, "run.stages=[reward, ppo]", f"sft.adapter={tmp_path / 'mine'}")
-    artifact = gather("reward", config, tmp_path, base_identity=BASE, command=COMMAND)["sft"]
+    artifact = given("reward", config, tmp_path)["sft"]
     assert artifact is not None
     assert (artifact.stage, artifact.base_identity) == ("brought", "")
 
@@ -358,13 +363,6 @@ def test_a_brought_reward_adapter_needs_its_head_beside_it(tmp_path: Path) -> No
         brought_head(tmp_path / "elsewhere" / "adapter", base_identity=BASE)
 
 
-def test_ppo_without_any_reward_model_is_an_error_and_not_a_zero_reward(tmp_path: Path) -> None:
-    config = config_with(tmp_path)
-    data = StageData((), (), {}, {})
-    with pytest.raises(ArtifactError, match="no reward_adapter"):
-        build_inputs("ppo", config, data, {"sft": None, "reward_adapter": None, "reward_head": None})
-
-
 def test_results_made_from_a_replaced_artifact_no_longer_count(tmp_path: Path) -> None:
     finish(tmp_path / "sft", {})
     made = read_finished(tmp_path / "sft")
@@ -386,9 +384,9 @@ def test_the_head_of_a_brought_reward_adapter_is_verified_against_the_base(tmp_p
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")  # PEFT's own, which names no base
     config = config_with(tmp_path, "run.stages=[ppo]", f"reward.adapter={tmp_path / 'adapter'}")
-    assert gather("ppo", config, tmp_path, base_identity=BASE, command=COMMAND)["reward_head"] is not None
+    assert given("ppo", config, tmp_path)["reward_head"] is not None
     with pytest.raises(ArtifactError, match="was made on base"):
-        gather("ppo", config, tmp_path, base_identity="c" * 64, command=COMMAND)
+        given("ppo", config, tmp_path, base_identity="c" * 64)
 
 
 def test_evaluation_depends_on_what_scores_the_answers(tmp_path: Path) -> None:
@@ -409,6 +407,6 @@ def test_a_finished_stage_with_checkpoints_is_not_unfinished(tmp_path: Path) -> 
     parts = parts_of(config_with(tmp_path))
     leave_checkpoint(tmp_path / "ppo", parts)
     with pytest.raises(UsageError, match="holds an unfinished ppo"):
-        refuse_unfinished(tmp_path / "ppo", command=COMMAND, again=COMMAND)
+        refuse_unfinished(tmp_path / "ppo", RunCall(COMMAND))
     finish(tmp_path / "ppo", parts)
-    refuse_unfinished(tmp_path / "ppo", command=COMMAND, again=COMMAND)  # raises nothing now
+    refuse_unfinished(tmp_path / "ppo", RunCall(COMMAND))  # raises nothing now

@@ -13,7 +13,7 @@ from align.adapters import AdaptedModel
 from align.base import load_base
 from align.context import RewardModelArtifacts, Sampling
 from align.evaluation.run import Examiner, answer
-from align.handover import FinishedStep, read_finished
+from align.results import FinishedStep, read_finished
 from align.rewards import load_reward_models, reward_sources
 from align.sampler import Sampler
 from align.settings import load

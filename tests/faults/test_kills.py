@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from align.artifacts import newest_whole, read_json
-from align.handover import read_finished
+from align.results import read_finished
 from tests.shell import ROOT, TINY, Shell, descendants, finish, new_shell, reproducible, run_of, wait_until
 
 pytestmark = pytest.mark.slow

@@ -15,6 +15,7 @@ from align import settings
 from align.cli import app
 from align.driver import run_pipeline
 from align.errors import AlignError, PlacementError
+from align.pipeline import RunCall
 from tests.align import fake_stages
 from tests.align.recipe import write_recipe
 from tests.align.test_driver import COMMAND, Recorder, run, run_of
@@ -143,7 +144,7 @@ def test_a_mangled_run_folder_is_met_with_a_message(
         how = mangle_file(path, generator)
         config = settings.load(folder / "small.yaml", [f"run.root={folder / 'runs'}", "cluster.cpus=1"])
         with pytest.raises(AlignError) as raised:  # at the latest when Ray is needed
-            run_pipeline(config, stages=fake_stages.STAGES, display=Recorder(), command=COMMAND, resume=True)
+            run_pipeline(config, RunCall(COMMAND, resume=True), stages=fake_stages.STAGES, display=Recorder())
         is_found = not isinstance(raised.value, PlacementError)
         named = str(folder) in str(raised.value) or path.name == "started.json"  # that is told by the keys' names
         assert named or not is_found, (number, how, path, raised.value)
