@@ -211,7 +211,7 @@ def decide(step: StepName, folder: Path, parts: Fingerprint, call: RunCall) -> D
     after = f"after update {checkpoint.step}{f', though {let}' if let else ''}"
     sizes = [key for key in parts if key.endswith(".micro_batch_size")]
     is_same_size = all(started.get(key) == parts[key] for key in sizes)  # or the split was of another micro-batch
-    split = state.get("split", 1) if is_same_size else 1
+    split = state["split"] if is_same_size else 1
     return Decision("resume", f"continues {after}", split=split, changed=after if let else "")
 
 

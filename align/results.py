@@ -31,8 +31,8 @@ class Vitals:
     peak_device_memory_bytes: int | None
     base_loads: int
     base_unchanged: bool
-    base_dtype: str = "unknown"  # what base.dtype came to; in results of earlier versions not said
-    imports_rss_bytes: int = 0  # of the process before it loaded the base
+    base_dtype: str  # what base.dtype came to
+    imports_rss_bytes: int  # of the process before it loaded the base
     forecast_bytes: int | None = None  # of the device's memory; on a CPU above the imports
 
     @property

@@ -156,7 +156,7 @@ class TrainerCheckpoints(TrainerCallback):
 
 def verify_epochs(key: str, ended: State, now: float) -> None:
     """`ended` is the state of a training that has. UsageError if it was of other epochs: these have no effect now."""
-    then = ended.get("epochs", now)
+    then = ended["epochs"]
     if then != now:
         raise UsageError(
             f"{key}: a training of {then:g} epochs has ended; for {now:g} start the stage anew with --fresh, or put "

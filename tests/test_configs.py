@@ -119,7 +119,7 @@ class WorkerInThisProcess:
         seed = stage_seed(call.run_seed, call.step)
         context = StageContext(self._model, tracker, call.folder, seed, call.system_prompt, call.max_reject_rate)
         result = call.function(call.config, call.inputs, context)
-        return Outcome(result, Vitals(0.0, 1, None, 1, True))
+        return Outcome(result, Vitals(0.0, 1, None, 1, True, "float32", 0))
 
 
 @pytest.fixture

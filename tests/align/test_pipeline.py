@@ -39,7 +39,7 @@ from tests.align.recipe import write_recipe
 
 BASE = "b" * 64
 COMMAND = "align run small.yaml"
-VITALS = Vitals(1.0, 2, None, 1, True)
+VITALS = Vitals(1.0, 2, None, 1, True, "float32", 0)
 
 
 def config_with(folder: Path, *overrides: str) -> Config:
