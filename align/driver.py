@@ -34,6 +34,7 @@ from align.pipeline import (
     decide,
     fingerprint,
     refuse_unfinished,
+    stage_of,
     stale,
     steps_to_do,
     verify_allowed,
@@ -100,7 +101,7 @@ def run_pipeline(
         cluster = Cluster(config, run=run, import_root=import_root(), poll=watch.poll, note=display.note, again=again)
         with closing(cluster):
             for step in steps:
-                stage_data = data["ppo" if step == "evaluation" else step]
+                stage_data = data[stage_of(step)]
                 inputs = handover.inputs(step, stage_data)
                 prepared = prepare(step, config, stage_data, inputs, sources, base_identity=base_identity)
                 decision = decide(step, run / step, prepared.fingerprint, call)

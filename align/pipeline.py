@@ -75,6 +75,10 @@ def steps_to_do(config: Config, stage: str | None) -> tuple[StepName, ...]:
     return (*stages, *(("evaluation",) if "ppo" in stages else ()))
 
 
+def stage_of(step: StepName) -> StageName:
+    return "ppo" if step == "evaluation" else step
+
+
 def fingerprint(
     step: StepName, config: Config, *, base_identity: str, data: Mapping[str, object], inputs: Mapping[str, str | None]
 ) -> Fingerprint:
@@ -216,10 +220,9 @@ def decide(step: StepName, folder: Path, parts: Fingerprint, call: RunCall) -> D
 
 
 def _refusal(step: StepName, changed: str, call: RunCall) -> str:
-    stage = "ppo" if step == "evaluation" else step
     return (
         f"--resume refused, {step}: {changed}. Put that back to continue, or allow it by its name (--allow-change "
-        f"KEY), or start this stage anew: {call.anew(stage)}"
+        f"KEY), or start this stage anew: {call.anew(stage_of(step))}"
     )
 
 
