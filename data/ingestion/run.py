@@ -15,6 +15,8 @@ from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
+import pyarrow as pa
+
 from align.artifacts import write_directory
 from align.errors import DataError, StorageError, UsageError, WorkerError
 from data.ingestion.decide import decide
@@ -122,8 +124,7 @@ def local_engine(processes: int) -> Engine:
         if min(processes, len(pieces)) <= 1:
             yield from map(function, pieces)
             return
-        # Rows are made and dropped by the million, in no cycles: to look for some would take a tenth of the time
-        with ProcessPoolExecutor(min(processes, len(pieces)), get_context("spawn"), initializer=gc.disable) as pool:
+        with ProcessPoolExecutor(min(processes, len(pieces)), get_context("spawn"), initializer=_frugal) as pool:
             try:
                 with _interrupts_left_to_the_parent():
                     results = pool.map(function, pieces)
@@ -135,6 +136,13 @@ def local_engine(processes: int) -> Engine:
                 raise
 
     return execute
+
+
+def _frugal() -> None:
+    """Rows are made and dropped by the million, in no cycles: to look for some would take a tenth of the time. And the
+    pool that Arrow prefers keeps eight times the memory that a piece's tables need at once."""
+    gc.disable()
+    pa.set_memory_pool(pa.system_memory_pool())
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Whole ingestions: what is kept, what is rejected and why, and that nothing is lost between."""
 
+import gc
 import json
 import os
 import pickle
@@ -483,3 +484,12 @@ def test_two_verdicts_on_one_answer_are_a_contradiction_and_no_duplicate(tmp_pat
     rows = [{"prompt": "why", "completion": "so", "label": label} for label in (True, False)]
     rows.append({"prompt": "how", "completion": "so", "label": True})
     assert account_of(make(tmp_path, written(tmp_path / "f.jsonl", rows)))["rejected"] == {"contradictory": 2}
+
+
+def _memory_pool_of(_: object) -> str:
+    return f"{pa.default_memory_pool().backend_name} {gc.isenabled()}"
+
+
+def test_processes_that_read_give_arrows_memory_back_and_look_for_no_cycles() -> None:
+    execute = cast(Any, local_engine(2))
+    assert list(execute(_memory_pool_of, [1, 2])) == ["system False"] * 2
