@@ -6,21 +6,21 @@ by a temporary folder of two files that are not pickles. It then skips the rows 
 """
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sized
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from align.artifacts import write_json, writing
 from align.checkpoints import Checkpoint, Groups, StageCheckpoints, State, optimizer_tensors, restore_optimizer
-from align.errors import UsageError
+from align.errors import InvariantError, UsageError
 from stages.trainer import ReportToTracker
 
 
@@ -65,8 +65,12 @@ class TrainerCheckpoints(TrainerCallback):
         self._optimizer: Any = None
         self._schedule: Any = None
 
-    def train(self, trainer: Trainer) -> int:
-        """Let it train, from where it was; returns the steps in all."""
+    def train(self, trainer: Trainer, *, num_rows: int) -> int:
+        """Let it train, from where it was; returns the steps in all. InvariantError unless it has all rows."""
+        kept = len(cast(Sized, trainer.train_dataset))
+        if kept != num_rows:
+            raise InvariantError(f"TRL's trainer kept {kept} of {num_rows} rows")
+        trainer.remove_callback(PrinterCallback)
         if self._start is None:
             return trainer.train().global_step
         folder = Path(str(trainer.args.output_dir))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl.trainer.reward_config import RewardConfig as TRLConfig
 from trl.trainer.reward_trainer import RewardTrainer
 
@@ -237,10 +237,7 @@ class Members:
                 processing_class=model.base.tokenizer,
                 callbacks=[report, best, kept],
             )
-            if len(trainer.train_dataset) != len(rows):  # type: ignore[arg-type]
-                raise InvariantError(f"RewardTrainer kept {len(trainer.train_dataset)} of {len(rows)} rows")  # type: ignore[arg-type]
-            trainer.remove_callback(PrinterCallback)
             model.verify_trainable()
-            steps = kept.train(trainer)
+            steps = kept.train(trainer, num_rows=len(rows))
             best.put_back()
         return Training(steps, best.best_step or steps)

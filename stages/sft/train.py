@@ -5,7 +5,6 @@ from functools import partial
 
 import torch
 from datasets import Dataset
-from transformers import PrinterCallback
 from trl.trainer.sft_config import SFTConfig as TRLConfig
 
 from align.adapters import AdaptedModel
@@ -14,7 +13,6 @@ from align.checkpoints import Checkpoint, StageCheckpoints
 from align.config import SFTConfig
 from align.context import SFTInputs, StageContext, StageResult
 from align.episodes import text_pass
-from align.errors import InvariantError
 from align.restore import lent
 from data.batching import length_sorted_batches
 from data.tokenization import TokenizedDemonstration, encode_demonstrations
@@ -95,11 +93,8 @@ def train_adapter(
             processing_class=model.base.tokenizer,
             callbacks=[report, kept],
         )
-        if len(trainer.train_dataset) != len(rows):  # type: ignore[arg-type]
-            raise InvariantError(f"SFTTrainer kept {len(trainer.train_dataset)} of {len(rows)} rows")  # type: ignore[arg-type]
-        trainer.remove_callback(PrinterCallback)
         model.verify_trainable()
-        return kept.train(trainer)
+        return kept.train(trainer, num_rows=len(rows))
 
 
 def _labelled(row: TokenizedDemonstration) -> dict[str, list[int] | int]:

@@ -163,7 +163,7 @@ def test_a_row_that_the_trainer_drops_is_noticed(tmp_path: Path, monkeypatch: py
             self.train_dataset = self.train_dataset.select(range(len(self.train_dataset) - 2))
 
     monkeypatch.setattr(stages.reward.trainer, "ScoreTrainer", Dropping)
-    with pytest.raises(InvariantError, match="RewardTrainer kept 6 of 8 rows"):
+    with pytest.raises(InvariantError, match="TRL's trainer kept 6 of 8 rows"):
         run(resident(), tmp_path)
 
 

@@ -124,7 +124,7 @@ def test_a_row_that_the_trainer_drops_is_noticed(tmp_path: Path, monkeypatch: py
             self.train_dataset = self.train_dataset.select(range(len(self.train_dataset) - 1))
 
     monkeypatch.setattr(stages.sft.train, "NLLTrainer", Dropping)
-    with pytest.raises(InvariantError, match="SFTTrainer kept 7 of 8 rows"):
+    with pytest.raises(InvariantError, match="TRL's trainer kept 7 of 8 rows"):
         run(resident(), tmp_path)
 
 
