@@ -111,6 +111,7 @@ def test_a_stage_that_the_config_does_not_have_is_refused(tmp_path: Path) -> Non
         ("sft.learning_rate=1e-3", "config sft.learning_rate changed (0.0001 → 0.001)"),
         ("base.dtype=bfloat16", "config base.dtype changed (float32 → bfloat16)"),
         ("base.device=auto", "config base.device changed (cpu → auto)"),
+        ("base.trust_remote_code=true", "config base.trust_remote_code changed (False → True)"),
         ("adapters.rank=3", "config adapters.rank changed (2 → 3)"),
         ("adapters.targets=[a, b]", "config adapters.targets changed (all-linear → ['a', 'b'])"),
         ("run.seed=1", "config run.seed changed (0 → 1)"),
@@ -123,8 +124,12 @@ def test_what_changes_the_outcome_changes_the_fingerprint_and_is_said(tmp_path: 
 
 
 @pytest.mark.parametrize(
-    "override", ["run.name=other", "cluster.cpus=1", "tracking.tensorboard=true", "ppo.updates=9", "reward.epochs=3"]
-)
+    "override",
+    [
+        "run.name=other", "cluster.cpus=1", "tracking.tensorboard=true", "ppo.updates=9", "reward.epochs=3",
+        "sft.adapter=elsewhere",  # whose contents count, as an input
+    ],
+)  # fmt: skip
 def test_what_does_not_concern_the_step_leaves_its_fingerprint(tmp_path: Path, override: str) -> None:
     assert changes(parts_of(config_with(tmp_path)), parts_of(config_with(tmp_path, override))) == ""
 
@@ -216,10 +221,11 @@ def test_resume_continues_after_the_newest_whole_checkpoint(tmp_path: Path) -> N
     assert decided(tmp_path / "ppo", parts, resume=True) == Decision("resume", "continues after update 10", split=2)
 
 
-def test_the_parts_of_another_micro_batch_are_not_gone_on_with(tmp_path: Path) -> None:
-    leave_checkpoint(tmp_path / "ppo", parts_of(config_with(tmp_path), "ppo"))
-    parts = parts_of(config_with(tmp_path, "ppo.loss.micro_batch_size=1"), "ppo")
-    decision = decided(tmp_path / "ppo", parts, resume=True, allowed=("ppo.loss.micro_batch_size",))
+@pytest.mark.parametrize(("step", "size"), [("ppo", "ppo.loss.micro_batch_size"), ("sft", "sft.micro_batch_size")])
+def test_the_parts_of_another_micro_batch_are_not_gone_on_with(step: StepName, size: str, tmp_path: Path) -> None:
+    leave_checkpoint(tmp_path / "ppo", parts_of(config_with(tmp_path), step))
+    parts = parts_of(config_with(tmp_path, f"{size}=1"), step)
+    decision = decided(tmp_path / "ppo", parts, resume=True, allowed=(size,))
     assert decision.split == 1
 
 
@@ -258,6 +264,10 @@ def test_a_change_that_is_allowed_by_its_name_is_gone_on_with_and_noted(tmp_path
     assert "continues after update 10, though config ppo.updates changed (4 → 6); config ppo.kl" in decision.reason
     begin(folder, after, keep=True, changed=decision.changed)
     assert decided(folder, after, resume=True).changed == ""
+    begin(folder, after, keep=True, changed="once more")
+    assert changed_on_the_way(folder) == [decision.changed, "once more"]
+    begin(folder, after, keep=False)
+    begin(folder, after, keep=True, changed=decision.changed)
     assert changed_on_the_way(folder) == [decision.changed]
     assert decision.changed.startswith("after update 10, though config ppo.updates changed (4 → 6)")
     begin(folder, after, keep=False)
@@ -326,6 +336,22 @@ def test_every_step_gets_the_artifacts_that_earlier_ones_made(tmp_path: Path) ->
     assert paths == {
         "sft": "sft/adapter", "reward_adapter": "reward/adapter", "reward_head": "reward/head", "policy": "ppo/adapter",
     }  # fmt: skip
+
+
+def test_without_a_source_that_needs_it_no_reward_model_is_handed_on(tmp_path: Path) -> None:
+    source = '{kind: function, function: "tests.align.scoring_functions:lengths"}'
+    config = config_with(tmp_path, f"ppo.rewards.sources=[{source}]")
+    finish(tmp_path / "sft", parts_of(config))
+    assert list(given("ppo", config, tmp_path)) == ["sft"]
+
+
+def test_reward_training_depends_on_the_adapter_that_it_starts_from(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "adapter_config.json").write_text("{}")
+    config = config_with(tmp_path, "run.stages=[reward, ppo]", f"reward.adapter={tmp_path / 'mine'}")
+    adapter = given("reward", config, tmp_path)["adapter"]
+    assert adapter is not None
+    assert adapter.path == tmp_path / "mine"
 
 
 def test_without_an_sft_stage_the_sft_artifact_is_none_or_the_one_brought(tmp_path: Path) -> None:
