@@ -119,8 +119,8 @@ def _put(raw: dict[str, object], key: str, value: object, *, override: str) -> N
             inner = {"path": inner}  # the short form of a source
         if not isinstance(inner, dict):
             raise ConfigError(f"override {override}: {name} is {inner!r} in the config, not a section")
-        section[name] = dict(cast(dict[str, object], inner))
-        section = cast(dict[str, object], section[name])
+        section[name] = inner
+        section = cast(dict[str, object], inner)
     section[last] = value
 
 

@@ -51,6 +51,18 @@ def test_check_as_json_holds_the_findings(recipe: Path) -> None:
     }  # fmt: skip
 
 
+def test_check_looks_at_reward_sources_brought_heads_and_pretraining_data_too(recipe: Path) -> None:
+    (recipe.parent / "mine").mkdir()
+    (recipe.parent / "mine" / "adapter_config.json").write_text("{}")
+    sources = "[{kind: reward}, {kind: function, function: 'nowhere_at_all:f'}]"
+    ptx = ("data.ptx=nowhere.jsonl", "ppo.loss.ptx_coefficient=0.5")
+    mine = f"reward.adapter={recipe.parent / 'mine'}"
+    finished = align("check", recipe, "run.stages=[ppo]", mine, *ptx, f"ppo.rewards.sources={sources}")
+    assert finished.returncode == 2
+    for said in ("comes without its scalar head", "nowhere_at_all", "nowhere.jsonl: it does not exist"):
+        assert said in finished.stderr
+
+
 def test_check_finds_everything_that_is_wrong_at_once(recipe: Path) -> None:
     (recipe.parent / "prompts.jsonl").write_text("{broken\n")
     (recipe.parent / "demonstrations.jsonl").unlink()
@@ -81,6 +93,7 @@ def test_check_refuses_a_base_that_a_run_would(recipe: Path, model: str, said: s
         (["run", "none.yaml"], "there is no such config file"),
         (["run", "CONFIG", "--resume", "--fresh"], "give one of them"),
         (["run", "CONFIG", "base.model=./nowhere", "--allow-change", "ppo.updates"], "resume goes on from: give both"),
+        (["run", "CONFIG", "--resume", "--allow-change", "ppo.update"], "did you mean ppo.updates?"),
         (["run", "CONFIG", "--stage", "ppo", "run.stages=[sft]"], "has only sft"),
         (["run", "CONFIG", "--stage", "dpo"], "dpo"),
         (["run", "CONFIG", "base.model=./nowhere"], "nowhere"),
@@ -89,6 +102,7 @@ def test_check_refuses_a_base_that_a_run_would(recipe: Path, model: str, said: s
         (["ingest", "n" * 300, "--to", "set"], "cannot be read: File name too long"),
         (["inspect", "n" * 300], "File name too long"),
         (["inspect", "set", "--html", "."], "--html: cannot write .: it is a folder; name a file"),
+        (["inspect", "set", "--html", "set/page.html"], "would damage the data set; write it elsewhere"),
         (["status", "nowhere"], "there is no run in this folder"),
         (["ingest", "x.jsonl", "--to", "set", "--system-prompt", "S"], "give --tokenizer and --max-length, too"),
         (["ingest", "x.jsonl", "--to", "set", "--address", "auto"], "give --engine ray, too"),

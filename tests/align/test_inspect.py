@@ -1,3 +1,4 @@
+import io
 import json
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from align.inspect_view import inspection_view
 from align.show import PlainDisplay, late_progress
 from data.ingestion.inspection import inspect_dataset
 from tests.align.test_cli import align
-from tests.data.ingestion.datasets import pair, write_dataset
+from tests.data.ingestion.datasets import pair, turns, write_dataset
 from tests.resident import SHAPES
 
 ROWS = [pair("Because\x1b[2J", "No", margin=0.5), pair("Yes [bold]", "It is not so"), pair("a", "bb", preference=0.5)]
@@ -65,6 +66,31 @@ def test_the_tables_and_the_page_show_the_same_counts(folder: Path, tmp_path: Pa
     assert html.startswith("<!DOCTYPE html>")
     assert "http" not in html.replace("http-equiv", "")  # it refers to no other file
     assert sorted(path.name for path in tmp_path.iterdir()) == ["page.html", "pairs"]
+
+
+def table_rows(folder: Path) -> list[list[str]]:
+    console = Console(record=True, width=160, file=io.StringIO())
+    console.print(inspection_view(inspect_dataset(folder, codec=None)))
+    return [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines()]
+
+
+def test_every_count_and_length_stands_in_its_own_column(folder: Path) -> None:
+    rows = table_rows(folder)
+    assert ["a.jsonl", "prompt, chosen, rejected", "7", "4", "3", "3", "1"] in rows
+    lengths = [1] * 94 + [2] * 4 + [3, 4]  # p50 1, p95 2, p99 3
+    texts = [pair("a" * n, "b", f"{number}?") for number, n in enumerate(lengths)]
+    write_dataset(folder.parent / "long", "comparison", train=texts)
+    assert ["chosen, characters", "1.1", "1", "2", "3", "4"] in table_rows(folder.parent / "long")
+
+
+def test_the_share_of_good_answers_is_of_the_verdicts(tmp_path: Path) -> None:
+    rows = [{"prompt": turns(f"{n}?"), "completion": "a", "label": n < 3} for n in range(4)]
+    write_dataset(tmp_path / "verdicts", "verdict", train=rows)
+    console = Console(record=True, width=160, file=io.StringIO())
+    console.print(inspection_view(inspect_dataset(tmp_path / "verdicts", codec=None)))
+    good = next(line for line in console.export_text().splitlines() if line.startswith("good"))
+    assert "0.750" in good
+    assert "(3 of 4)" in good
 
 
 def test_on_a_terminal_what_is_learnt_is_green(folder: Path) -> None:

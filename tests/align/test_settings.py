@@ -190,10 +190,20 @@ def test_a_sample_of_ours_is_no_path(recipe: Path) -> None:
 
 
 def test_an_override_reaches_into_the_short_form_of_a_source(recipe: Path) -> None:
-    data = settings.load(recipe, ["data.ppo.train.limit=5"]).data.ppo
+    data = settings.load(recipe, ["data.ppo.train.split=held_out", "data.ppo.train.limit=5"]).data.ppo
     assert data is not None
     assert data.train.path == recipe.parent / "prompts.jsonl"
-    assert data.train.limit == 5
+    assert (data.train.limit, data.train.split) == (5, "held_out")
+
+
+def test_an_override_of_one_of_two_that_share_an_anchor_leaves_the_other(recipe: Path) -> None:
+    with_text(
+        recipe, "{train: prompts.jsonl, held_out_fraction: 0.3}", "{train: &p {path: prompts.jsonl}, held_out: *p}"
+    )
+    data = settings.load(recipe, ["data.ppo.train.limit=5"]).data.ppo
+    assert data is not None
+    assert data.held_out is not None
+    assert (data.train.limit, data.held_out.limit) == (5, None)
 
 
 def test_an_override_without_a_value_or_through_a_value_is_refused(recipe: Path) -> None:

@@ -31,6 +31,15 @@ def test_the_table_shows_each_number_beside_its_interval() -> None:
         assert shown in text
 
 
+def test_what_was_before_stands_left_of_what_came_after() -> None:
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in rendered(summary_view(SUMMARY)).splitlines()]
+    assert ["SFT: NLL per token", "3.250", "2.500"] in rows
+    assert ["gold score", "0.100", "0.400"] in rows
+    assert ["score", "-1.000", "1.000"] in rows
+    assert ["response length, tokens", "20.000", "21.500"] in rows
+    assert ["EOS rate", "", "0.950"] in rows
+
+
 def test_the_table_says_whether_pairs_or_verdicts_were_judged() -> None:
     reward = {"accuracy": 0.8, "margin": 1.5}
     assert "reward: pair accuracy" in rendered(summary_view({"reward": reward}))
@@ -144,4 +153,5 @@ def test_quiet_still_says_warnings_and_says_them_on_stderr(capsys: pytest.Captur
     display.progress(status(1))
     display.note("60 rows in")
     display.note("warning: hear this")
-    assert capsys.readouterr() == ("", "warning: hear this\n")
+    display.note("error: and this")
+    assert capsys.readouterr() == ("", "warning: hear this\nerror: and this\n")

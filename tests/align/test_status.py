@@ -54,6 +54,14 @@ def test_a_run_is_stopped_once_it_is_silent_for_a_minute(tmp_path: Path) -> None
     assert read_state(tmp_path, NOW + 61).state == "stopped"
 
 
+def test_what_a_killed_writer_leaves_goes_when_a_driver_comes_and_when_it_goes(tmp_path: Path) -> None:
+    (tmp_path / ".status.json.1.tmp").touch()
+    with occupied(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".lock"]
+        (tmp_path / ".status.json.2.tmp").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock"]
+
+
 def test_a_silent_run_whose_driver_lives_is_running(tmp_path: Path) -> None:
     leave_run(tmp_path)
     with occupied(tmp_path):
