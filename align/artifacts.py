@@ -172,22 +172,22 @@ def read_artifact(path: Path, *, base_identity: str | None = None) -> Artifact:
         ArtifactError: it is missing, a file differs from the manifest, or it was made on another base.
     """
     if not path.is_dir():
-        raise ArtifactError(f"there is no artifact at {path}; run the stage that makes it first")
+        raise ArtifactError(f"there is no artifact at {path}")
     meta = read_json(path / MANIFEST)
     if not isinstance(meta, dict) or not {"kind", "stage", "step", "base_identity", "files"} <= meta.keys():
-        raise ArtifactError(f"{path / MANIFEST} is not a manifest of align; run the stage again")
+        raise ArtifactError(f"{path / MANIFEST} is not a manifest of align")
     if "digest" not in meta:
-        raise ArtifactError(f"{path / MANIFEST} is of an earlier version of align, or damaged; make {path.name} again")
+        raise ArtifactError(f"{path / MANIFEST} is of an earlier version of align, or damaged")
     if meta.pop("digest") != sha256_of_json(meta):
-        raise ArtifactError(f"{path} is damaged: {MANIFEST} is not as it was written; run the stage again")
+        raise ArtifactError(f"{path} is damaged: {MANIFEST} is not as it was written")
     expected = meta["files"]
     try:
         actual = _hash_files(path)
     except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error}; if that stays so, run the stage again") from None
+        raise ArtifactError(f"{path} cannot be read: {error}") from None
     if actual != expected:
         names = sorted(name for name in {*actual, *expected} if actual.get(name) != expected.get(name))
-        raise ArtifactError(f"{path} is damaged: {', '.join(names)} differ from {MANIFEST}; run the stage again")
+        raise ArtifactError(f"{path} is damaged: {', '.join(names)} differ from {MANIFEST}")
     artifact = _as_artifact(path, meta)
     if base_identity is not None:
         verify_base(artifact, base_identity)

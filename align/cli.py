@@ -1,12 +1,13 @@
 """The command line. Each command imports what it needs when it runs, so that `align check` stays fast."""
 
 import errno
+import io
 import json
 import os
 import shlex
 import sys
 from collections.abc import Generator
-from contextlib import closing, contextmanager, redirect_stdout
+from contextlib import closing, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -295,6 +296,10 @@ def ingest(
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            with suppress(OSError):  # it flushes, and the reader may be gone
+                stream.reconfigure(errors="replace")  # a terminal may not have every letter of a response
     app()
 
 

@@ -4,12 +4,14 @@ import logging
 import os
 import re
 import signal
+import socket
 import threading
 
 from align.errors import PlacementError
 
 _OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray of our own: only the records pass through it
 _SLOW_START = "timed out during startup"  # Ray's own limit, 30 s and fixed: one more try helps on a busy machine
+_ANSWER_SECONDS = 10.0
 _IN_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by Ray for the entrypoint of a submitted job
 
 
@@ -30,6 +32,8 @@ def connect(address: str, *, key: str = "cluster.address") -> bool:
 
     if ray.is_initialized():
         return False  # by whoever called us: theirs to choose, and to shut down
+    if address not in ("local", "auto"):
+        _verify_answers(address, key=key)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     for attempt in (1, 2):
         try:
@@ -46,20 +50,30 @@ def connect(address: str, *, key: str = "cluster.address") -> bool:
             ray.shutdown()
             if attempt == 1 and is_own and _SLOW_START in str(error):
                 continue
-            raise PlacementError(_no_connection(address, error, key=key, is_own=is_own)) from error
+            said = str(error).strip() or type(error).__name__
+            raise PlacementError(_no_connection(address, said, key=key, is_own=is_own)) from error
     if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # in place of Ray's, which also prints a stack
     return True
 
 
-def _no_connection(address: str, error: Exception, *, key: str, is_own: bool) -> str:
+def _verify_answers(address: str, *, key: str) -> None:
+    """PlacementError if nobody listens at host:port: Ray would ask again and again, without end."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
+    except (OSError, ValueError, OverflowError) as error:
+        wanted = error if isinstance(error, OSError) else "it is not HOST:PORT."
+        raise PlacementError(_no_connection(address, str(wanted), key=key, is_own=False)) from None
+
+
+def _no_connection(address: str, said: str, *, key: str, is_own: bool) -> str:
     remedy = (
         "Is the machine overloaded, or /tmp full? Run again."
         if is_own
         else f"Start it (ray start --head), or use {key}=local for a Ray of this command's own."
     )
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return f"{key}: {address!r}: no connection to Ray: {reason} {remedy}"
+    return f"{key}: {address!r}: no connection to Ray: {said.splitlines()[0]} {remedy}"
 
 
 def condense(error: Exception) -> str:

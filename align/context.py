@@ -79,7 +79,10 @@ class StageContext:
             return length
         beside = f" beside a response of {reserved}" if reserved else ""
         if positions <= reserved:
-            raise ConfigError(f"{key}: the base's context of {positions} tokens has room for none{beside}: shorten it")
+            raise ConfigError(
+                f"ppo.rollout.max_response_length: {reserved}, but the base's context is {positions} tokens, so that "
+                "no prompt has room beside it; shorten it"
+            )
         logging.getLogger(__name__).warning(
             "%s is %d, more than the base's context of %d tokens has%s: %d is used",
             *(key, length, positions, beside, positions - reserved),

@@ -1,5 +1,6 @@
 """The driver: reads the data, decides step by step what is to be done, and has the worker do it."""
 
+import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -7,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from align.artifacts import newest_whole, write_text
+from align.artifacts import newest_whole, write_json, write_text
 from align.base import resolve_base
 from align.cluster import Cluster
 from align.config import Config
@@ -113,7 +114,7 @@ def run_pipeline(
                     stage_call = call_of(step, stages[step], config, prepared, run, decision)
                     is_kept = decision.kind == "resume"
                     start = partial(begin, run / step, prepared.fingerprint, keep=is_kept, changed=decision.changed)
-                    watch.start()
+                    watch.start(step)
                     outcome = run_to_its_end(cluster, stage_call, start, config.cluster.max_failures, display, again)
                     write_finished(run / step, finish(step, outcome, prepared, config))
                     journal.count(step, outcome)
@@ -244,9 +245,11 @@ class Watch:
         self._messages = MessageReader(run)
         self._seen = read_status(run)
 
-    def start(self) -> None:
-        """From here on, only what the next step writes counts."""
-        self._seen = read_status(self._run)
+    def start(self, step: StepName) -> None:
+        """From here on, only what this step writes counts: what stands there is of an earlier one."""
+        now = time.time()
+        self._seen = Status(step, "starting", 0, 1, now, now, {})
+        write_json(self._run / "status.json", asdict(self._seen), durable=False)
 
     def poll(self) -> None:
         for line in self._messages.read_new():

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from align.artifacts import MANIFEST, Artifact, read_artifact, sha256_of_file, sha256_of_json
+from align.artifacts import MANIFEST, Artifact, read_artifact, sha256_of_file, sha256_of_json, verify_base
 from align.config import Config
 from align.context import (
     EvaluationInputs,
@@ -78,7 +78,8 @@ class Handover:
         finished = read_finished(self.run / stage)
         if finished is None:
             raise UsageError(f"{step} needs the results of {stage}; first run: {self.command} --stage {stage}")
-        finished.verify(self.base_identity)
+        anew = f"{self.command} --stage {stage} --fresh"
+        finished.verify(anew=anew, base_identity=self.base_identity)
         return finished.artifacts
 
     def _given(self, key: str, path: Path | None) -> Artifact | None:
@@ -114,7 +115,13 @@ def brought(path: Path, *, kind: str, key: str, base_identity: str | None) -> Ar
     if not any(path.glob(needed)):
         raise ArtifactError(f"{key}: {path} holds no {needed}; give a folder in PEFT's format")
     if (path / MANIFEST).exists():
-        return replace(read_artifact(path, base_identity=base_identity), kind=kind, stage="brought")
+        try:
+            found = read_artifact(path)
+        except ArtifactError as error:
+            raise ArtifactError(f"{key}: {error}; give a whole one") from None
+        if base_identity is not None:
+            verify_base(found, base_identity)
+        return replace(found, kind=kind, stage="brought")
     names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
     digest = sha256_of_json({name: sha256_of_file(path / name) for name in names})
     return Artifact(kind=kind, stage="brought", path=path, step=0, content_hash=digest, base_identity="")

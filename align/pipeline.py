@@ -192,7 +192,7 @@ def decide(step: StepName, folder: Path, parts: Fingerprint, call: RunCall) -> D
     if finished is not None:
         changed = changes(finished.fingerprint, parts, but=call.allowed)
         if not changed:
-            finished.verify()
+            finished.verify(anew=call.anew(stage_of(step)))
             let = changes(finished.fingerprint, parts)
             return Decision("skip", f"stands though {let}" if let else "inputs unchanged", finished=finished)
         if call.resume:

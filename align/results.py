@@ -10,6 +10,7 @@ from align.artifacts import (
     Artifact,
     read_artifact,
     read_json,
+    verify_base,
     write_json,
     writing,
 )
@@ -50,15 +51,21 @@ class FinishedStep:
     accounts: Mapping[str, object]  # of its data by dotted key, and under "stage" of what it set aside itself
     vitals: Vitals
 
-    def verify(self, base_identity: str | None = None) -> None:
-        """ArtifactError if an artifact is damaged, is not the one that the step made, or is of another base."""
+    def verify(self, *, anew: str, base_identity: str | None = None) -> None:
+        """ArtifactError if an artifact is damaged, is not the one that the step made, or is of another base. `anew` is
+        the command that makes it again."""
         for artifact in self.artifacts:
-            found = read_artifact(artifact.path, base_identity=base_identity)
+            try:
+                found = read_artifact(artifact.path)
+            except ArtifactError as error:
+                raise ArtifactError(f"{error}; make it again: {anew}") from None
             if found.content_hash != artifact.content_hash:
                 raise ArtifactError(
                     f"{artifact.path} is not what its stage made (hash {found.content_hash[:12]}…, expected "
-                    f"{artifact.content_hash[:12]}…); run it again: --stage {artifact.stage} --fresh"
+                    f"{artifact.content_hash[:12]}…); make it again: {anew}"
                 )
+            if base_identity is not None:
+                verify_base(found, base_identity)
 
 
 def read_finished(folder: Path) -> FinishedStep | None:

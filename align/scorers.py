@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -142,10 +143,12 @@ class RewardFunction:
                 f"{self._target} took more than timeout_seconds {self._timeout_seconds:g} for the response "
                 f"{response[:80]!r}; make it faster, or raise timeout_seconds of this reward source"
             ) from None
-        if isinstance(answer, Exception):
+        if isinstance(answer, BaseException):
             raise RewardFunctionError(
                 f"{self._target} raised {type(answer).__name__}: {answer} for the response {response[:80]!r}"
             ) from answer
+        if isinstance(answer, Tensor | np.ndarray | np.generic) and math.prod(answer.shape) == 1:
+            answer = answer.item()  # as most scorers give it
         if isinstance(answer, bool | int | float) and math.isfinite(answer):
             return float(answer)
         raise RewardFunctionError(
@@ -157,7 +160,7 @@ class RewardFunction:
             prompt, response = self._calls.get()
             try:
                 self._answers.put(self._function(prompt, response))
-            except Exception as error:  # noqa: BLE001 - it travels to the caller, who names it
+            except (Exception, SystemExit) as error:  # noqa: BLE001 - it travels to the caller, who names it
                 self._answers.put(error)
 
 

@@ -68,7 +68,8 @@ class Tracker:
         self._started = time.time()
         self._last_metrics: dict[str, float] = {}
         self._last_write = 0.0
-        self._first_done: int | None = None
+        self._first_done = 0
+        self._seen = (0, 0)  # what of the present activity was said last: done, total
         self.resumed_seconds = 0.0  # what the kept lines of a resumed stage took
         for name in _LOGS:
             if not resume:
@@ -132,7 +133,8 @@ class Tracker:
         if now - self._last_write < 0.2 and done not in (0, total):
             return
         self._last_write = now
-        if done == 0 or self._first_done is None:
+        before, self._seen = self._seen, (done, total)
+        if done == 0 or total != before[1] or done < before[0]:  # another activity; after a resume not from 0 on
             self._started, self._first_done = now, done
         status = Status(self._stage, doing, done, total, self._started, now, self._last_metrics, self._first_done)
         write_json(self._folder.parent / "status.json", asdict(status), durable=False)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeVar, cast, overload
 
 from align.artifacts import read_artifact, read_json, sha256_of_file
 from align.config import SourceConfig
-from align.errors import DataError
+from align.errors import ArtifactError, DataError
 from data.formats import FORMATS, parse_row, shorten
 from data.readers import Damage, cut, decode, raw_rows, require_file
 from data.records import Account, Comparison, Demonstration, PlainText, Prompt, Record, RecordKind, Reject, Verdict
@@ -182,7 +182,10 @@ def _digest(source: SourceConfig, kind: RecordKind) -> str:
     if not is_dataset(source.path):
         return sha256_of_file(resolve_path(source.path))
     _verify_kind(source.path, kind)
-    return f"{read_artifact(source.path).content_hash}, {source.split}"
+    try:
+        return f"{read_artifact(source.path).content_hash}, {source.split}"
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; ingest its sources again (`align ingest`)") from None
 
 
 def _verify_kind(path: Path, kind: RecordKind) -> None:

@@ -181,7 +181,7 @@ def _verified(folder: Path) -> tuple[str, Mapping[str, Any], Mapping[str, Any]]:
     try:
         artifact = read_artifact(folder)
     except ArtifactError as error:
-        raise ArtifactError(f"{error}: ingest the sources again (`align ingest`)") from None
+        raise ArtifactError(f"{error}; ingest its sources again (`align ingest`)") from None
     described, account = (cast(dict[str, Any], read_json(folder / f"{name}.json")) for name in ("dataset", "account"))
     return artifact.content_hash, described, account
 

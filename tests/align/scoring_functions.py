@@ -2,6 +2,9 @@
 
 import time
 
+import numpy as np
+import torch
+
 
 def share_of_a(prompt: str, response: str) -> float:
     return response.count("a") / max(len(response), 1)
@@ -22,6 +25,22 @@ def slow(prompt: str, response: str) -> float:
 
 def nan(prompt: str, response: str) -> float:
     return float("nan")
+
+
+def leaving(prompt: str, response: str) -> float:
+    raise SystemExit(3)
+
+
+def of_numpy(prompt: str, response: str) -> object:
+    return np.float32(len(response))
+
+
+def of_torch(prompt: str, response: str) -> object:
+    return torch.tensor([len(response)])
+
+
+def two(prompt: str, response: str) -> object:
+    return torch.zeros(2)
 
 
 def text(prompt: str, response: str) -> str:

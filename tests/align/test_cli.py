@@ -118,6 +118,16 @@ def test_a_wrong_call_is_one_message_and_exit_code_2(
     assert finished.stdout == "" or arguments[0] == "check"
 
 
+def test_letters_that_the_terminal_does_not_have_are_replaced(recipe: Path) -> None:
+    named = recipe.rename(recipe.with_name("größe-😀.yaml"))
+    code = f"import sys; sys.path.append({str(ROOT)!r}); from align.cli import main; main()"
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    command = [sys.executable, "-c", code, "check", str(named)]
+    finished = subprocess.run(command, capture_output=True, check=False, env=environment)
+    assert finished.returncode == 0, finished.stderr
+    assert "größe-?.yaml" in finished.stdout.decode("latin-1").replace("\n", "")
+
+
 def test_a_full_disk_below_what_is_said_is_one_message(recipe: Path) -> None:
     with open("/dev/full", "w") as full:
         code = f"import sys; sys.path.append({str(ROOT)!r}); from align.cli import main; main()"

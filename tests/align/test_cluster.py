@@ -81,6 +81,20 @@ def test_a_ray_job_is_known_by_what_ray_sets(monkeypatch: pytest.MonkeyPatch) ->
     assert is_in_ray_job()
 
 
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [("127.0.0.1:9", "Connection refused"), ("ray://127.0.0.1:9", "Connection refused"), ("127.0.0.1", "HOST:PORT"),
+     ("127.0.0.1:99999", "no connection to Ray")],
+)  # fmt: skip
+def test_an_address_where_nobody_listens_is_told_at_once(
+    address: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray would ask without end"))
+    with pytest.raises(PlacementError, match=rf"--address: '{address}': .*{said}.*use --address=local"):
+        connect(address, key="--address")
+
+
 @pytest.mark.parametrize(("failures", "calls"), [(1, 2), (2, 2)])
 def test_a_ray_that_is_slow_to_start_is_tried_once_more(
     failures: int, calls: int, monkeypatch: pytest.MonkeyPatch

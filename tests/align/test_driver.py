@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import align.driver
 from align import settings
 from align.artifacts import read_json
 from align.cluster import Cluster
-from align.driver import Display, run_pipeline
+from align.driver import Display, Watch, run_pipeline
 from align.errors import (
     AlignError,
     ConfigError,
@@ -34,7 +35,7 @@ from align.errors import (
 from align.pipeline import RunCall
 from align.randomness import stage_seed
 from align.show import QuietDisplay, WhileSeen
-from align.status import Status, read_state
+from align.status import Status, read_state, read_status
 from align.worker import StageFunction, _in_sight, _vitals  # pyright: ignore[reportPrivateUsage]
 from tests.align import fake_stages
 from tests.align.recipe import write_recipe, write_rows
@@ -186,6 +187,15 @@ def test_the_time_of_what_is_run_again_counts_once(
     earlier["seconds"] = {"install_excluded_total": 5000.0, "sft": 1000.0, "reward": 10.0, "ppo": 3000.0, "eval": 900.0}
     path.write_text(json.dumps(earlier))
     assert 1100 <= run(folder, stage="ppo", fresh=True)["seconds"]["install_excluded_total"] < 1500
+
+
+def test_what_an_earlier_step_said_of_itself_is_gone_when_one_starts(tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text(json.dumps(asdict(Status("ppo", "update 9", 9, 9, 0.0, 1.0, {"loss": 1.0}))))
+    watch = Watch(tmp_path, QuietDisplay())
+    watch.start("sft")
+    status = read_status(tmp_path)
+    assert status is not None
+    assert (status.stage, status.doing, status.done, dict(status.metrics)) == ("sft", "starting", 0, {})
 
 
 def test_a_stages_seed_is_made_from_the_runs(

@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -179,7 +180,11 @@ def test_a_finished_step_whose_artifact_was_touched_is_an_error(tmp_path: Path) 
     parts = parts_of(config_with(tmp_path))
     finish(tmp_path / "ppo", parts)
     (tmp_path / "ppo" / "adapter" / "adapter_config.json").write_text("other")
-    with pytest.raises(ArtifactError, match=r"adapter_config\.json differ"):
+    again = f"make it again: {COMMAND} --stage ppo --fresh$"
+    with pytest.raises(ArtifactError, match=rf"adapter_config\.json differ .*{again}"):
+        decided(tmp_path / "ppo", parts)
+    shutil.rmtree(tmp_path / "ppo" / "adapter")
+    with pytest.raises(ArtifactError, match=rf"there is no artifact at .*{again}"):
         decided(tmp_path / "ppo", parts)
 
 

@@ -115,6 +115,11 @@ def test_a_function_is_given_prompt_and_response() -> None:
     assert found.tolist() == [3002.0, 3.0]
 
 
+@pytest.mark.parametrize("name", ["of_numpy", "of_torch"])
+def test_a_function_may_give_back_a_number_of_numpy_or_torch(name: str) -> None:
+    assert RewardFunction(f"{HERE}:{name}", timeout_seconds=5)(["p"], ["abc"]).tolist() == [3.0]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -122,6 +127,8 @@ def test_a_function_is_given_prompt_and_response() -> None:
         ("slow", r"took more than timeout_seconds 0\.2 for the response 'some words'"),
         ("nan", "gave back nan for the response 'some words'; it must be a finite number"),
         ("text", "gave back 'good' for the response"),
+        ("two", r"gave back tensor\(\[0., 0.\]\) for the response"),
+        ("leaving", "raised SystemExit: 3 for the response"),
     ],
 )
 def test_a_function_that_fails_is_named_with_the_response(name: str, message: str) -> None:

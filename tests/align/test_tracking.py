@@ -166,3 +166,18 @@ def test_each_activity_has_a_clock_of_its_own(tmp_path: Path, monkeypatch: pytes
     status = read_status(tmp_path)
     assert status is not None
     assert (status.doing, status.started, status.rate) == ("learning", 160.0, 2.5)
+
+
+def test_the_pace_of_a_resumed_activity_is_its_own_whatever_came_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("align.tracking.time", SimpleNamespace(time=lambda: clock[0]))
+    tracker = Tracker(tmp_path / "sft", stage="sft", resume=True)
+    told = ((100.0, 0, 16, "tokenizing"), (101.0, 16, 16, "tokenizing"), (110.0, 100, 600, "training"))
+    for now, done, total, doing in (*told, (114.0, 102, 600, "training")):
+        clock[0] = now
+        tracker.progress(done, total, doing)
+    status = read_status(tmp_path)
+    assert status is not None
+    assert (status.started, status.rate) == (110.0, 0.5)

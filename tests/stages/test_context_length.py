@@ -44,7 +44,7 @@ def test_what_the_context_has_beside_a_response_is_used_and_said(
 def test_a_context_without_room_for_the_response_names_the_key(tmp_path: Path) -> None:
     model = resident()
     model.base.model.config.max_position_embeddings = 6
-    with pytest.raises(ConfigError, match=r"ppo\.rollout\.max_prompt_length: .* 6 tokens .* response of 6"):
+    with pytest.raises(ConfigError, match=r"ppo\.rollout\.max_response_length: 6, but .* context is 6 tokens"):
         context_of(model, tmp_path, "ppo").fitting_sampling(SAMPLING)
 
 

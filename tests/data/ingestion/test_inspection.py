@@ -206,7 +206,7 @@ def test_a_damaged_shard_is_named_and_asks_to_ingest_again(folder: Path) -> None
     shard.write_bytes(shard.read_bytes()[:-1] + b"!")
     message = refused(folder)
     assert "train-00000.parquet" in message
-    assert "ingest the sources again" in message
+    assert "ingest its sources again" in message
 
 
 def test_another_folder_is_no_data_set(folder: Path) -> None:
