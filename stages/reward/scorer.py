@@ -1,14 +1,13 @@
-"""How a reward model scores: as the classifier that the trainer knows, and over episodes as PPO does."""
+"""How a reward model scores: as the model that the trainer knows, and over episodes as PPO does."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import PreTrainedModel
 
 from align.adapters import AdaptedModel
 from align.episodes import Episode, collate, score_pass
-from align.errors import InvariantError
 from align.heads import ScalarHead
 from data.batching import prompt_sorted_batches
 
@@ -23,23 +22,22 @@ class Member:
     head: ScalarHead
 
 
-def scorer_on_trunk(model: AdaptedModel, head: ScalarHead, *, pad_id: int) -> PreTrainedModel:
-    """A sequence classifier of transformers around the resident trunk and our head: no second copy of the base.
+class Scorer(PreTrainedModel):
+    """The resident trunk with a head, as a model that RewardTrainer trains: no second copy of the base.
 
-    Its forward reads the score at the last token that is not `pad_id`; every row ends in EOS, which pad never is, so
-    that is the real last token.
+    Not a classifier of transformers, which half of its language models have none of; what it says to a batch is
+    `stages.reward.batches.batch_scores`.
     """
-    config = type(model.base.model.config).from_dict(model.base.model.config.to_dict())
-    config.num_labels = 1
-    config.pad_token_id = pad_id
-    with torch.device("meta"):
-        classifier = AutoModelForSequenceClassification.from_config(config)
-    setattr(classifier, classifier.base_model_prefix, model.trunk)
-    classifier.score = head
-    left = [name for name, tensor in (*classifier.named_parameters(), *classifier.named_buffers()) if tensor.is_meta]
-    if left:
-        raise InvariantError(f"{type(classifier).__name__} keeps weights of its own beside trunk and score: {left}")
-    return classifier
+
+    supports_gradient_checkpointing = True
+
+    def __init__(self, model: AdaptedModel, head: ScalarHead) -> None:
+        config = type(model.base.model.config).from_dict(model.base.model.config.to_dict())
+        config.num_labels = 1
+        super().__init__(config)
+        self.base_model_prefix = model.base.model.base_model_prefix
+        setattr(self, self.base_model_prefix, model.trunk)
+        self.score = head
 
 
 @torch.no_grad()

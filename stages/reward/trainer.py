@@ -25,7 +25,7 @@ from stages.continuation import TrainerCheckpoints, tokens_before, verify_epochs
 from stages.reward import objective
 from stages.reward.batches import Collator, batch_scores
 from stages.reward.evidence import Evidence, Labels
-from stages.reward.scorer import Member, score, scorer_on_trunk
+from stages.reward.scorer import Member, Scorer, score
 from stages.trainer import ReportToTracker, trainer_arguments
 
 
@@ -204,7 +204,7 @@ class Members:
             return {**finished, **best_tensors}, {**numbers, **best_numbers}
 
         with lent(model.base.model), model.role(member.name, train=True), scratch(context.folder, "trainer") as folder:
-            scorer = scorer_on_trunk(model, member.head, pad_id=codec.pad_id)
+            scorer = Scorer(model, member.head)
             best = KeepBest(
                 look,
                 scorer=scorer,

@@ -1,4 +1,4 @@
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import CohereConfig, GraniteConfig, PreTrainedConfig
 
 import stages.reward.trainer
 from align.adapters import AdaptedModel
@@ -17,13 +18,17 @@ from align.episodes import Episode, collate, score_pass
 from align.errors import DataError, InvariantError
 from align.generation import generate
 from align.heads import ScalarHead, load_head
+from align.lora import decoder_layers
 from align.randomness import keyed_uniforms
 from align.restore import ModelState, lent, snapshot
 from data.tokenization import encode_prompt
-from stages.reward.scorer import scorer_on_trunk
+from stages.reward.batches import batch_scores
+from stages.reward.scorer import Scorer
 from stages.reward.train import run_reward, statistics_of
 from stages.reward.trainer import ScoreTrainer
+from tests.align.test_architectures import loaded
 from tests.resident import SHAPES, drawn_episodes, logits_of, resident, with_adapters
+from tests.stages.reward.classifiers import classifier_on_trunk
 from tests.stages.scenes import SAMPLING, comparisons, context_of, hashes_of, metrics_of
 
 SMALL: dict[str, object] = {"batch_size": 4, "micro_batch_size": 2, "max_length": 200, "learning_rate": 5e-3}
@@ -142,18 +147,52 @@ def test_the_trainer_and_ppo_read_the_same_score(shape: str) -> None:
     codec, head = model.base.codec(None), ScalarHead(model.hidden_size).initialize(0)
     batch = collate(drawn_episodes([(3, 4), (1, 1), (2, 7)], end=codec.end_of_turn_id), pad_id=codec.pad_id, device=CPU)
     with torch.no_grad(), model.role("reward"):
-        scorer = scorer_on_trunk(model, head, pad_id=codec.pad_id)
-        theirs_B = scorer(input_ids=batch.ids_BS, attention_mask=batch.is_token_BS.long()).logits[:, 0]
+        rows = {"input_ids": batch.ids_BS, "attention_mask": batch.is_token_BS.long()}
+        theirs_B = classifier_on_trunk(model, head, pad_id=codec.pad_id)(**rows).logits[:, 0]
         torch.testing.assert_close(theirs_B, score_pass(model, head, batch))
+        torch.testing.assert_close(batch_scores(model, head, rows), theirs_B)
 
 
 def test_the_scorer_is_no_second_copy_of_the_base() -> None:
     model = with_adapters("llama", "sft")
     head = ScalarHead(model.hidden_size)
-    scorer = scorer_on_trunk(model, head, pad_id=256)
+    scorer = Scorer(model, head)
     own = {id(parameter) for parameter in (*model.base.model.parameters(), *head.parameters())}
     assert {id(parameter) for parameter in scorer.parameters()} <= own
     assert model.base.model.config.pad_token_id == 258  # the base's own config is not touched
+
+
+@pytest.mark.parametrize("kind", [CohereConfig, GraniteConfig])
+def test_a_base_of_which_transformers_has_no_classifier_is_trained_like_any(
+    kind: Callable[..., PreTrainedConfig], tmp_path: Path
+) -> None:
+    config = kind(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+    )
+    model = loaded(config, tmp_path / "base")
+    result = run(model, tmp_path, epochs=12, learning_rate=1e-2)
+    assert result.metrics["accuracy"] == 1
+    assert model.checksum("reward") != model.checksum("sft")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_with_gradient_checkpointing_the_same_is_learnt(shape: str, tmp_path: Path) -> None:
+    results: list[StageResult] = []
+    calls = [0, 0]  # of the first layer: once more for each backward pass
+    for is_checkpointed in (False, True):
+        model = resident(shape, dropout=0.0)
+        for module in model.base.model.modules():  # GPT-2's own
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+
+        def count(*_: object, number: int = int(is_checkpointed)) -> None:
+            calls[number] += 1
+
+        decoder_layers(model.base.model)[1][0].register_forward_pre_hook(count)
+        results.append(run(model, tmp_path / str(is_checkpointed), gradient_checkpointing=is_checkpointed))
+    assert calls[1] == calls[0] + 4  # micro-batches of an epoch
+    assert results[0].metrics["margin"] == pytest.approx(results[1].metrics["margin"], rel=1e-4)
+    assert results[0].metrics["loss"] == pytest.approx(results[1].metrics["loss"], rel=1e-4)
 
 
 def test_a_row_that_the_trainer_drops_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

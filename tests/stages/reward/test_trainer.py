@@ -24,12 +24,13 @@ from data.tokenization import encode_comparisons, encode_verdicts
 from stages.reward.batches import Collator
 from stages.reward.evidence import Evidence
 from stages.reward.pairs import Pairs
-from stages.reward.scorer import scorer_on_trunk
+from stages.reward.scorer import Scorer
 from stages.reward.train import run_reward
 from stages.reward.trainer import KeepBest, ScoreTrainer
 from stages.reward.verdicts import Verdicts
 from stages.trainer import trainer_arguments
 from tests.resident import SHAPES, with_adapters
+from tests.stages.reward.classifiers import classifier_on_trunk
 from tests.stages.scenes import SAMPLING, comparisons, context_of, hashes_of, metrics_of, verdicts
 
 RAO_KUPPER, UNPAIRED = RewardObjectiveConfig(kind="rao-kupper"), RewardObjectiveConfig(kind="unpaired", centering=0.2)
@@ -99,10 +100,11 @@ def steps_of(
         model.packings.longest = 0
     own: dict[str, Any] = {"evidence": evidence, "resident": model, "head": head, "data_collator": collator}
     with model.role("reward", train=True):
-        scorer = scorer_on_trunk(model, head, pad_id=codec.pad_id)
+        is_ours = kind is ScoreTrainer
+        scorer = Scorer(model, head) if is_ours else classifier_on_trunk(model, head, pad_id=codec.pad_id)
         steps = Steps(scorer)
         kind(
-            **(own if kind is ScoreTrainer else {}),
+            **(own if is_ours else {}),
             model=scorer,
             args=TRLConfig(
                 **trainer_arguments(config, context, folder),  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""How data/samples/sentiment/ was made: python -m align.evaluation.recipe DIR (some 10 minutes on two CPU cores).
+"""How data/samples/sentiment/ was made: python -m tests.benchmarks.sentiment_recipe DIR (some 10 minutes on two cores).
 
 All text is our own: prompts from the two lists below, answers from the embedded model. One answer is the first
 sentence of what the raw base says at temperature 1. Prompts are split by topic, so that none is in both splits.
