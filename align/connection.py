@@ -32,7 +32,7 @@ def connect(address: str, *, key: str = "cluster.address") -> bool:
 
     if ray.is_initialized():
         return False  # by whoever called us: theirs to choose, and to shut down
-    if address not in ("local", "auto"):
+    if address not in ("local", "auto") and ("://" not in address or address.startswith("ray://")):
         _verify_answers(address, key=key)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     for attempt in (1, 2):
@@ -63,7 +63,7 @@ def _verify_answers(address: str, *, key: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
     except (OSError, ValueError, OverflowError) as error:
-        wanted = error if isinstance(error, OSError) else "it is not HOST:PORT."
+        wanted = error if isinstance(error, OSError) else "it is not HOST:PORT"
         raise PlacementError(_no_connection(address, str(wanted), key=key, is_own=False)) from None
 
 
@@ -73,7 +73,7 @@ def _no_connection(address: str, said: str, *, key: str, is_own: bool) -> str:
         if is_own
         else f"Start it (ray start --head), or use {key}=local for a Ray of this command's own."
     )
-    return f"{key}: {address!r}: no connection to Ray: {said.splitlines()[0]} {remedy}"
+    return f"{key}: {address!r}: no connection to Ray: {said.splitlines()[0].rstrip('.')}. {remedy}"
 
 
 def condense(error: Exception) -> str:

@@ -51,7 +51,7 @@ class Handover:
             return PPOInputs(sft, reward_models, train, held_out, data.ptx)
         return EvaluationInputs(
             sft=sft,
-            policy=self._made(step, "ppo")[0],
+            policy=self._adapter(step, "ppo"),
             reward_models=reward_models,
             rewards=self.config.ppo.rewards,
             prompts=held_out,
@@ -60,7 +60,7 @@ class Handover:
 
     def _sft(self, step: str) -> Artifact | None:
         if "sft" in self.config.run.stages:
-            return self._made(step, "sft")[0]
+            return self._adapter(step, "sft")
         return self._given("sft.adapter", self.config.sft.adapter)
 
     def _reward_models(self, step: str) -> tuple[RewardModelArtifacts, ...]:
@@ -73,6 +73,9 @@ class Handover:
         assert path is not None  # Config has seen to it
         assert adapter is not None
         return (RewardModelArtifacts(adapter, brought_head(path, base_identity=self.base_identity)),)
+
+    def _adapter(self, step: str, stage: str) -> Artifact:
+        return next(artifact for artifact in self._made(step, stage) if artifact.kind == "adapter")
 
     def _made(self, step: str, stage: str) -> tuple[Artifact, ...]:
         finished = read_finished(self.run / stage)
