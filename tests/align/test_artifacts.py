@@ -35,6 +35,14 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]  # no temporary folder is left
 
 
+def test_a_manifest_that_was_written_to_is_damaged_though_all_files_are_whole(tmp_path: Path) -> None:
+    write(tmp_path / "adapter")
+    manifest = tmp_path / "adapter" / MANIFEST
+    manifest.write_text(manifest.read_text().replace(BASE, OTHER_BASE))
+    with pytest.raises(ArtifactError, match="is not as it was written"):
+        read_artifact(tmp_path / "adapter", base_identity=OTHER_BASE)
+
+
 def test_equal_contents_have_equal_hashes_and_bytes_wherever_they_stand(tmp_path: Path) -> None:
     one, same, other = write(tmp_path / "1"), write(tmp_path / "2"), write(tmp_path / "3", "two")
     assert one.content_hash == same.content_hash != other.content_hash

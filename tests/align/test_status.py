@@ -141,6 +141,7 @@ def test_time_left_follows_from_the_pace_so_far_and_runs_on() -> None:
     status = Status("ppo", "update", 2, 10, started=NOW - 4, updated=NOW, metrics={})
     assert status.rate == 0.5
     assert status.seconds_left(NOW + 3) == 13
+    assert pace(status).startswith("2.0 s each, ")
 
 
 def test_the_pace_of_a_resumed_run_does_not_count_what_was_done_before(tmp_path: Path) -> None:
