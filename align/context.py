@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,13 +108,18 @@ class StageContext:
         base, stage = self.model.base_identity, self.folder.name
         return write_directory(self.folder / name, fill, kind=kind, stage=stage, step=step, base_identity=base)
 
-    def set_aside(self, what: str, rows_in: int, rejects: list[Reject]) -> Account:
+    def set_aside(
+        self, what: str, rows_in: int, rejects: list[Reject], *, cuts: Sequence[int] = (), limit: str = ""
+    ) -> Account:
         """Account for rows that did not fit once they were tokenized: into <stage>/rejects-<what>-tokens.jsonl.
+
+        Args:
+            cuts: how many tokens each row that is kept has lost at its beginning, to `limit` ("sft.max_length 512").
 
         Raises:
             DataError: more than data.max_reject_rate of them, or none is left.
         """
-        account = Account.of(rows_in, rejects)
+        account = Account.of(rows_in, rejects, cut=sum(cut > 0 for cut in cuts))
         logging.getLogger(__name__).info("%s: %s, once tokenized: %s", self.folder.name, what, describe(account))
         path = self.folder / f"rejects-{what}-tokens.jsonl"
         with writing(path):
@@ -122,6 +127,12 @@ class StageContext:
         check_rate(account, rejects, max_rate=self.max_reject_rate, what=f"{what} (tokenized)", rejects_path=path)
         if account.kept == 0:
             raise DataError(f"{what}: no row is left after tokenization: {describe(account)}; see {path}")
+        if account.cut:
+            logging.getLogger(__name__).warning(
+                "%s: %s: %d of %d rows are longer than %s and lose their beginning, a system message first (up to %d "
+                "tokens)",
+                *(self.folder.name, what, account.cut, account.kept, limit, max(cuts)),
+            )
         return account
 
 

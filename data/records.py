@@ -105,22 +105,25 @@ class UnfitError(Exception):
 
 @dataclass(frozen=True)
 class Account:
-    """rows_in = kept + the sum of rejected; `rejected` maps reason to count, sorted by reason."""
+    """rows_in = kept + the sum of rejected; `rejected` maps reason to count, sorted by reason. `cut` of those kept lost
+    their beginning to a stage's length."""
 
     rows_in: int
     kept: int
     rejected: tuple[tuple[str, int], ...]
+    cut: int = 0
 
     @property
     def num_rejected(self) -> int:
         return sum(count for _, count in self.rejected)
 
     @staticmethod
-    def of(rows_in: int, rejects: "Sequence[Reject]") -> "Account":
+    def of(rows_in: int, rejects: "Sequence[Reject]", *, cut: int = 0) -> "Account":
         counts = Counter(reject.reason for reject in rejects)
-        return Account(rows_in, rows_in - len(rejects), tuple(sorted(counts.items())))
+        return Account(rows_in, rows_in - len(rejects), tuple(sorted(counts.items())), cut)
 
     def __add__(self, other: "Account") -> "Account":
         """Both together: of two sources or splits."""
         counts = Counter(dict(self.rejected)) + Counter(dict(other.rejected))
-        return Account(self.rows_in + other.rows_in, self.kept + other.kept, tuple(sorted(counts.items())))
+        rejected = tuple(sorted(counts.items()))
+        return Account(self.rows_in + other.rows_in, self.kept + other.kept, rejected, self.cut + other.cut)

@@ -12,6 +12,7 @@ from data.records import Account, Reject
 def describe(account: Account) -> str:
     """For example "1,500 rows in, 1,498 kept, 2 rejected (empty response 2)"."""
     line = f"{account.rows_in:,} rows in, {account.kept:,} kept"
+    line += f" ({account.cut:,} of them cut)" if account.cut else ""
     if not account.rejected:
         return line
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in account.rejected)

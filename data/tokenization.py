@@ -43,6 +43,7 @@ class Codec:
 class TokenizedDemonstration:
     ids: tuple[int, ...]  # the last is the end-of-turn id
     is_response: tuple[bool, ...]  # True on the answers and the end-of-turn ids after them
+    num_cut: int = 0  # tokens that its beginning lost to the length
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class TokenizedComparison:
     margin: float | None = None
     preference: float = 1.0
     source: str = ""
+    num_cut: int = 0  # tokens that the prompt's beginning lost to the length
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class TokenizedVerdict:
     response_ids: tuple[int, ...]  # the response alone; the last is the end-of-turn id
     is_good: bool
     source: str = ""
+    num_cut: int = 0  # likewise
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,8 @@ def encode_demonstrations(
         ids, is_response = encode_conversation(codec, record.messages)
         length = is_response[::-1].index(False) if False in is_response else len(ids)
         _check_length(length, max_length, "messages")
-        return [TokenizedDemonstration(tuple(ids[-max_length:]), tuple(is_response[-max_length:]))]
+        num_cut = max(0, len(ids) - max_length)
+        return [TokenizedDemonstration(tuple(ids[num_cut:]), tuple(is_response[num_cut:]), num_cut)]
 
     kept, rejects = _encode_all(records, encode, on_progress)
     return [row for rows in kept for row in rows], rejects
@@ -140,9 +144,10 @@ def encode_comparisons(
             _check_length(len(side), max_length, field)
         if chosen == rejected:
             raise UnfitError("identical after truncation", "rejected", f"both are the same {len(chosen)} tokens")
-        prompt = encode_prompt(codec, record.prompt)[max(len(chosen), len(rejected)) - max_length :]
-        ids = tuple(prompt), tuple(chosen), tuple(rejected)
-        return TokenizedComparison(*ids, record.margin, record.preference, record.source)
+        prompt = encode_prompt(codec, record.prompt)
+        num_cut = max(0, len(prompt) + max(len(chosen), len(rejected)) - max_length)
+        ids = tuple(prompt[num_cut:]), tuple(chosen), tuple(rejected)
+        return TokenizedComparison(*ids, record.margin, record.preference, record.source, num_cut)
 
     return _encode_all(records, encode, on_progress)
 
@@ -155,8 +160,9 @@ def encode_verdicts(
     def encode(record: Verdict) -> TokenizedVerdict:
         response = encode_response(codec, record.response)
         _check_length(len(response), max_length, "completion")
-        prompt = encode_prompt(codec, record.prompt)[len(response) - max_length :]
-        return TokenizedVerdict(tuple(prompt), tuple(response), record.is_good, record.source)
+        prompt = encode_prompt(codec, record.prompt)
+        num_cut = max(0, len(prompt) + len(response) - max_length)
+        return TokenizedVerdict(tuple(prompt[num_cut:]), tuple(response), record.is_good, record.source, num_cut)
 
     return _encode_all(records, encode, on_progress)
 

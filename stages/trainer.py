@@ -1,5 +1,6 @@
 """What SFT and reward training tell TRL's trainers, in one place: which settings, and where their logs go."""
 
+import math
 import time
 from pathlib import Path
 
@@ -56,8 +57,11 @@ class ReportToTracker(TrainerCallback):
             self._tracker.log_timing(state.global_step, {"seconds/learn": self._since - before})
 
 
-def trainer_arguments(config: SupervisedConfig, context: StageContext, folder: Path) -> dict[str, object]:
+def trainer_arguments(
+    config: SupervisedConfig, context: StageContext, folder: Path, *, num_rows: int
+) -> dict[str, object]:
     """Keyword arguments for SFTConfig and RewardConfig. Each default of TRL that we depart from is named here."""
+    steps = math.ceil(config.epochs * math.ceil(num_rows / config.batch_size))
     schedule = {"constant": "constant_with_warmup", "linear": "linear", "cosine": "cosine"}[config.schedule]
     return {
         "output_dir": str(folder),
@@ -70,7 +74,8 @@ def trainer_arguments(config: SupervisedConfig, context: StageContext, folder: P
         "gradient_accumulation_steps": config.batch_size // context.part_of(config.micro_batch_size),
         "learning_rate": config.learning_rate,
         "lr_scheduler_type": schedule,
-        "warmup_steps": config.warmup_fraction,  # below 1 it is a share of all steps
+        # A share of all steps, rounded up, and the first of a warm-up has rate 0: in few steps there is none
+        "warmup_steps": config.warmup_fraction if config.warmup_fraction * steps >= 1 else 0.0,
         "weight_decay": _WEIGHT_DECAY,
         "max_grad_norm": _MAX_GRADIENT_NORM,
         "train_sampling_strategy": "group_by_length",  # rows of like length together: a quarter less padding

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from heapq import merge
 from pathlib import Path
 from typing import cast
@@ -160,7 +160,7 @@ def write_words(folder: Path, tally: Tally, description: dict[str, object]) -> d
 
 
 def _plain(account: Account) -> dict[str, object]:
-    return {**asdict(account), "rejected": dict(account.rejected)}
+    return {"rows_in": account.rows_in, "kept": account.kept, "rejected": dict(account.rejected)}
 
 
 def _card(description: dict[str, object], sources: dict[str, Account], whole: Account, tally: Tally) -> str:

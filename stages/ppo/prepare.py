@@ -84,7 +84,8 @@ def tokenize(
     if config.loss.ptx_coefficient:
         length = context.fitting_length("ppo.loss.ptx_max_length", config.loss.ptx_max_length)
         texts, rejects = encode_demonstrations(codec, inputs.ptx, max_length=length, on_progress=on_progress)
-        account += context.set_aside("ptx", len(inputs.ptx), rejects)
+        cuts, limit = [text.num_cut for text in texts], f"ppo.loss.ptx_max_length {length}"
+        account += context.set_aside("ptx", len(inputs.ptx), rejects, cuts=cuts, limit=limit)
         ptx = Texts(texts, codec.pad_id)
     return Rows(prompts, held_out, ptx, account)
 

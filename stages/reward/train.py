@@ -90,7 +90,8 @@ def tokenize(
     for side, records in (("train", inputs.train), ("held_out", inputs.held_out)):
         kept, rejects = encode(codec, records, max_length=max_length, on_progress=context.progress("tokenizing"))
         rows[side] = kept
-        accounts.append(context.set_aside(side, len(records), rejects))
+        cuts, limit = [row.num_cut for row in kept], f"reward.max_length {max_length}"
+        accounts.append(context.set_aside(side, len(records), rejects, cuts=cuts, limit=limit))
     evidence_of = Verdicts.of if is_unpaired else Pairs.of
     return evidence_of(rows["train"], rows["held_out"], settings), accounts[0] + accounts[1]
 

@@ -223,13 +223,14 @@ class Members:
                 quality=lambda: best.quality,
                 steps_before=self._steps,
             )
+            own = replace(context, seed=member.seed)
             trainer = ScoreTrainer(
                 evidence=evidence,
                 resident=model,
                 head=member.head,
                 model=scorer,
                 args=TRLConfig(
-                    **trainer_arguments(config, replace(context, seed=member.seed), folder),  # type: ignore[arg-type]
+                    **trainer_arguments(config, own, folder, num_rows=len(rows)),  # type: ignore[arg-type]
                     disable_dropout=False,  # adapters.dropout applies here too; TRL would set it to 0
                 ),
                 data_collator=Collator(codec.pad_id),

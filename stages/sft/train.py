@@ -36,8 +36,9 @@ def run_sft(config: SFTConfig, inputs: SFTInputs, context: StageContext) -> Stag
     max_length = context.fitting_length("sft.max_length", config.max_length)
     encode = partial(encode_demonstrations, codec, max_length=max_length, on_progress=context.progress("tokenizing"))
     (train, train_rejects), (held_out, held_out_rejects) = encode(inputs.train), encode(inputs.held_out)
-    account = context.set_aside("train", len(inputs.train), train_rejects)
-    account += context.set_aside("held_out", len(inputs.held_out), held_out_rejects)
+    set_aside = partial(context.set_aside, limit=f"sft.max_length {max_length}")
+    account = set_aside("train", len(inputs.train), train_rejects, cuts=[row.num_cut for row in train])
+    account += set_aside("held_out", len(inputs.held_out), held_out_rejects, cuts=[row.num_cut for row in held_out])
 
     context.load_sft(inputs.adapter)
     checkpoints = StageCheckpoints(config.checkpoints, context)
@@ -86,7 +87,7 @@ def train_adapter(
         trainer = NLLTrainer(
             resident=model,
             args=TRLConfig(
-                **trainer_arguments(config, context, folder),  # type: ignore[arg-type]
+                **trainer_arguments(config, context, folder, num_rows=len(rows)),  # type: ignore[arg-type]
                 dataset_kwargs={"skip_prepare_dataset": True},  # the rows are token ids and labels already
             ),
             train_dataset=Dataset.from_list([_labelled(row) for row in rows]),

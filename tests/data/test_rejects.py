@@ -13,6 +13,7 @@ ACCOUNT = Account.of(1500, REJECTS)
 
 def test_an_account_is_described_in_one_line() -> None:
     assert describe(Account(1500, 1500, ())) == "1,500 rows in, 1,500 kept"
+    assert describe(Account(1500, 1500, (), cut=12)) == "1,500 rows in, 1,500 kept (12 of them cut)"
     assert describe(ACCOUNT) == "1,500 rows in, 1,498 kept, 2 rejected (empty response 1, malformed 1)"
 
 

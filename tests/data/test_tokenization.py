@@ -255,6 +255,9 @@ def test_a_long_demonstration_is_cut_from_the_left_and_its_last_answer_stays_who
         assert not rejects
         assert list(kept[0].ids) == whole[-max_length:]
         assert list(kept[0].is_response) == mask[-max_length:]
+        assert kept[0].num_cut == len(whole) - max_length
+    kept, _ = encode_demonstrations(codec, [Demonstration(TWO_TURNS, "f:1")], max_length=len(whole) + 1)
+    assert kept[0].num_cut == 0
     kept, rejects = encode_demonstrations(codec, [Demonstration(TWO_TURNS, "f:1")], max_length=last)
     assert not kept
     assert (rejects[0].source, rejects[0].reason) == ("f:1", "response over length")
@@ -271,6 +274,7 @@ def test_both_sides_of_a_comparison_share_the_prompt_cut_for_the_longer_one() ->
         assert list(kept[0].prompt_ids) == prompt[-room:]
         assert list(kept[0].chosen_ids) == encode_response(codec, "A")
         assert list(kept[0].rejected_ids) == encode_response(codec, "A longer one")
+        assert kept[0].num_cut == max(0, len(prompt) - room)
     kept, rejects = encode_comparisons(codec, [record], max_length=longer)
     assert not kept
     assert (rejects[0].reason, rejects[0].field) == ("response over length", "rejected")
@@ -291,7 +295,7 @@ def test_a_verdicts_prompt_is_cut_and_its_response_never() -> None:
         kept, _ = encode_verdicts(codec, [record], max_length=len(response) + room)
         assert list(kept[0].prompt_ids) == prompt[-room:]
         assert list(kept[0].response_ids) == response
-        assert (kept[0].is_good, kept[0].source) == (False, "f:1")
+        assert (kept[0].is_good, kept[0].source, kept[0].num_cut) == (False, "f:1", max(0, len(prompt) - room))
     kept, rejects = encode_verdicts(codec, [record], max_length=len(response))
     assert not kept
     assert (rejects[0].source, rejects[0].reason, rejects[0].field) == ("f:1", "response over length", "completion")

@@ -60,9 +60,9 @@ def test_a_stage_that_diverges_in_its_last_step_is_not_finished(stage: str, tmp_
     said = "sft: not finite at its end: {'nll_after': nan}" if stage == "sft" else "reward: scores of reward are not"
     with pytest.raises(InvariantError, match=re.escape(said)):  # noqa: PT012 - one call, of two
         if stage == "sft":
-            run_sft(SFTConfig.model_validate(settings), SFTInputs(demonstrations(8), demonstrations(2)), context)
+            run_sft(SFTConfig.model_validate(settings), SFTInputs(demonstrations(4), demonstrations(2)), context)
         else:
-            inputs = RewardInputs(None, comparisons(8), comparisons(2, start=8), SAMPLING)
+            inputs = RewardInputs(None, comparisons(4), comparisons(2, start=8), SAMPLING)
             run_reward(RewardConfig.model_validate(settings), inputs, context)
 
 

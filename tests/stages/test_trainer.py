@@ -12,7 +12,7 @@ from tests.stages.scenes import context_of, demonstrations, metrics_of
 
 
 def test_trainers_clip_gradients_to_1_and_decay_no_weights(tmp_path: Path) -> None:
-    found = trainer_arguments(SFTConfig(), context_of(resident(), tmp_path, "sft"), tmp_path)
+    found = trainer_arguments(SFTConfig(), context_of(resident(), tmp_path, "sft"), tmp_path, num_rows=8)
     assert (found["max_grad_norm"], found["weight_decay"]) == (1.0, 0.0)
 
 
@@ -39,3 +39,12 @@ def test_the_rate_warms_up_and_then_follows_its_schedule(schedule: str, expected
     run_sft(config, SFTInputs(demonstrations(8), demonstrations(2)), context_of(resident(), tmp_path, "sft"))
     rates = [line["sft/learning_rate"] for line in metrics_of(tmp_path / "sft") if "sft/learning_rate" in line]
     assert rates == pytest.approx([1e-3 * factor for factor in expected], abs=1e-9)
+
+
+@pytest.mark.parametrize(("rows", "rate"), [(19, 1e-3), (20, 0.0)])
+def test_a_training_of_few_steps_learns_from_its_first_one(rows: int, rate: float, tmp_path: Path) -> None:
+    """Of fewer than 20 steps the default warm-up is less than one, and one would be all that a short training has."""
+    single = {"batch_size": 1, "micro_batch_size": 1, "max_length": 200, "learning_rate": 1e-3}
+    config = SFTConfig.model_validate(single)
+    run_sft(config, SFTInputs(demonstrations(rows), demonstrations(2)), context_of(resident(), tmp_path, "sft"))
+    assert metrics_of(tmp_path / "sft")[0]["sft/learning_rate"] == rate

@@ -21,6 +21,7 @@ from align.heads import ScalarHead, load_head
 from align.lora import decoder_layers
 from align.randomness import keyed_uniforms
 from align.restore import ModelState, lent, snapshot
+from data.records import Account, Message
 from data.tokenization import encode_prompt
 from stages.reward.batches import batch_scores
 from stages.reward.scorer import Scorer
@@ -269,6 +270,14 @@ def test_a_brought_adapter_is_where_training_starts(tmp_path: Path) -> None:
         expected = logits_of(model, ids)
     with model.role("reward"):
         torch.testing.assert_close(logits_of(model, ids), expected)
+
+
+def test_pairs_that_lose_their_beginning_are_counted_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    long = tuple(replace(pair, prompt=(Message("user", "long " * 50),)) for pair in comparisons(2, start=90))
+    inputs = RewardInputs(None, (*comparisons(6), *long), comparisons(6, start=50), SAMPLING)
+    result = run(resident("llama"), tmp_path, inputs=inputs)
+    assert result.account == Account(14, 14, (), cut=2)
+    assert "reward: train: 2 of 8 rows are longer than reward.max_length 200 and lose their beginning" in caplog.text
 
 
 def test_prompts_too_long_to_be_answered_are_told_and_none_that_fits_is_an_error(

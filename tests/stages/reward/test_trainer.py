@@ -107,7 +107,7 @@ def steps_of(
             **(own if is_ours else {}),
             model=scorer,
             args=TRLConfig(
-                **trainer_arguments(config, context, folder),  # type: ignore[arg-type]
+                **trainer_arguments(config, context, folder, num_rows=len(evidence.train_rows())),  # type: ignore[arg-type]
                 center_rewards_coefficient=evidence.centering,  # TRL's own loss reads it, ours does not
                 disable_dropout=False,
             ),

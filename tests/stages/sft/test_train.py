@@ -16,7 +16,7 @@ from align.errors import DataError, InvariantError
 from align.generation import generate
 from align.randomness import keyed_uniforms
 from align.restore import ModelState, lent, snapshot
-from data.records import Demonstration, Message
+from data.records import Account, Demonstration, Message
 from data.tokenization import decode_response, encode_demonstrations, encode_prompt
 from stages.sft.train import held_out_nll, run_sft
 from stages.sft.trainer import NLLTrainer
@@ -138,6 +138,14 @@ def test_rows_that_are_too_long_are_set_aside_and_counted(tmp_path: Path) -> Non
     assert "response over length" in (tmp_path / "sft" / "rejects-train-tokens.jsonl").read_text()
     with pytest.raises(DataError):
         run_sft(SFTConfig.model_validate({**SMALL, "max_length": 100}), inputs, context_of(resident(), tmp_path, "sft"))
+
+
+def test_rows_that_lose_their_beginning_are_counted_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    inputs = SFTInputs((*demonstrations(3), *demonstrations(1, "long " * 18)), demonstrations(2))
+    result = run(resident(), tmp_path, inputs=inputs, max_length=100)
+    assert result.account == Account(6, 6, (), cut=1)
+    assert "sft: train: 1 of 4 rows are longer than sft.max_length 100 and lose their beginning" in caplog.text
+    assert "held_out: " not in caplog.text
 
 
 @pytest.mark.parametrize("shape", SHAPES)
