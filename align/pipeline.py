@@ -102,8 +102,9 @@ def fingerprint(
         "data.system_prompt": config.data.system_prompt,
         "run.seed": config.run.seed,
     }
-    if step in ("reward", "evaluation"):  # both sample as PPO does
+    if step in ("reward", "evaluation"):  # both sample as PPO does; how many side by side is not worth a training
         parts |= _flat(config.ppo.rollout, "ppo.rollout")
+        del parts["ppo.rollout.batch_size"]
     if step == "evaluation":
         parts |= _flat(config.ppo.rewards, "ppo.rewards")
     kept = {key: value for key, value in parts.items() if key not in _WITHOUT_EFFECT | _BY_CONTENT}

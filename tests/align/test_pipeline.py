@@ -144,6 +144,9 @@ def test_reward_and_evaluation_depend_on_the_sampling_and_sft_does_not(tmp_path:
     configs = [config_with(tmp_path, f"ppo.rollout.temperature={t}") for t in (1.0, 0.7)]
     for step in ("reward", "evaluation", "ppo"):
         assert "ppo.rollout.temperature" in changes(parts_of(configs[0], step), parts_of(configs[1], step))
+    wider = config_with(tmp_path, "ppo.rollout.temperature=1.0", "ppo.rollout.batch_size=2")  # how, and not what
+    assert not changes(parts_of(configs[0], "reward"), parts_of(wider, "reward"))
+    assert "ppo.rollout.batch_size" in changes(parts_of(configs[0], "ppo"), parts_of(wider, "ppo"))
     assert changes(parts_of(configs[0]), parts_of(configs[1])) == ""
 
 
