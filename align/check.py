@@ -10,6 +10,7 @@ from align.config import BaseModelConfig, Config, SourceConfig
 from align.errors import AlignError, ModelError
 from align.handover import brought, brought_head
 from align.intake import held_out_of, kind_of
+from align.lengths import context_length_in, fitted, shortened
 from align.sources import source_identity
 from data.records import RecordKind
 from data.rejects import describe
@@ -25,7 +26,13 @@ class Finding:
 
 def check_config(config: Config) -> list[Finding]:
     """One finding for each thing that a run will need; none raises, so that all are said at once."""
-    return [_check_base(config.base), *_check_adapters(config), *_check_sources(config), *_check_data(config)]
+    return [
+        _check_base(config.base),
+        *_check_lengths(config),
+        *_check_adapters(config),
+        *_check_sources(config),
+        *_check_data(config),
+    ]
 
 
 def _found(what: str, look: Callable[[], str]) -> Finding:
@@ -50,6 +57,19 @@ def _check_base(base: BaseModelConfig) -> Finding:
         found = _found(what, lambda: _hub_id(base.model))
         return replace(found, verdict="not checked") if found.verdict == "ok" else found
     return _found(what, lambda: _folder(folder))
+
+
+def _check_lengths(config: Config) -> Iterator[Finding]:
+    """Of a base in a folder: what its context has room for."""
+    context_length = context_length_in(Path(config.base.model))
+    if context_length is None:
+        return
+
+    def look() -> str:
+        said = [f"the base's context is {context_length:,} tokens", *shortened(config, fitted(config, context_length))]
+        return "; ".join(said)
+
+    yield _found("lengths", look)
 
 
 def _tiny(model: str) -> str:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from align.artifacts import Artifact, write_directory, writing
 from align.config import RewardsConfig, RolloutConfig
-from align.errors import DIVERGED, ConfigError, DataError, InvariantError, StoppedError
+from align.errors import DIVERGED, DataError, InvariantError, StoppedError
+from align.lengths import fitting_length
 from align.stopping import is_asked_to_stop
 from align.tracking import Tracker
 from data.records import Account, Comparison, Demonstration, PlainText, Prompt, Reject, Verdict
@@ -69,25 +70,16 @@ class StageContext:
         return max(1, batch_size // self.split)
 
     def fitting_length(self, key: str, length: int, *, reserved: int = 0) -> int:
-        """`length` tokens, the setting `key`, or what the base's context has beside the reserved ones if that is less.
-
-        Raises:
-            ConfigError: it has none.
-        """
-        positions = self.model.base.context_length
-        if positions is None or length + reserved <= positions:
-            return length
-        beside = f" beside a response of {reserved}" if reserved else ""
-        if positions <= reserved:
-            raise ConfigError(
-                f"ppo.rollout.max_response_length: {reserved}, but the base's context is {positions} tokens, so that "
-                "no prompt has room beside it; shorten it"
+        """As `align.lengths` has it for the base's context; a length that is less than the setting's is told."""
+        context_length = self.model.base.context_length
+        fitting = fitting_length(key, length, context_length, reserved=reserved)
+        if fitting < length:
+            beside = f" beside a response of {reserved}" if reserved else ""
+            logging.getLogger(__name__).warning(
+                "%s is %d, more than the base's context of %d tokens has%s: %d is used",
+                *(key, length, context_length, beside, fitting),
             )
-        logging.getLogger(__name__).warning(
-            "%s is %d, more than the base's context of %d tokens has%s: %d is used",
-            *(key, length, positions, beside, positions - reserved),
-        )
-        return positions - reserved
+        return fitting
 
     def fitting_sampling(self, sampling: Sampling) -> Sampling:
         """What memory and the base's context have room for."""

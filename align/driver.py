@@ -24,6 +24,7 @@ from align.errors import (
 from align.handover import Handover, StageInputs, artifacts_of
 from align.installation import import_root, verify_current_folder
 from align.intake import StageData, parts_of_step, read_stage_data
+from align.lengths import context_length_in, fitted
 from align.messages import MessageReader
 from align.out_of_memory import micro_batch_size, next_split, to_need_less
 from align.pipeline import (
@@ -94,7 +95,9 @@ def run_pipeline(
                 refuse_unfinished(run / step, call)
         # Here, or a missing source would only be told after SFT and reward training
         sources = source_identities(config.ppo.rewards) if "ppo" in steps else {}
-        base_identity = resolve_base(config.base).identity
+        base = resolve_base(config.base)
+        fitted(config, context_length_in(base.folder))  # or a response without room would be told after SFT
+        base_identity = base.identity
         data = {name: read_stage_data(config, name, run, display.note) for name in config.run.stages if name in steps}
         handover = Handover(config, run, base_identity, call.command)
         journal = Journal(config, run, base_identity)
@@ -219,7 +222,8 @@ def run_to_its_end(
 def finish(step: StepName, outcome: Outcome, prepared: Prepared, config: Config) -> FinishedStep:
     result, vitals = outcome.result, outcome.vitals
     if outcome.shape is not None:
-        plan = forecast(config, outcome.shape, on_gpu=vitals.peak_device_memory_bytes is not None)
+        as_run = fitted(config, outcome.shape.context_length)
+        plan = forecast(as_run, outcome.shape, on_gpu=vitals.peak_device_memory_bytes is not None)
         vitals = replace(vitals, forecast_bytes=plan.peak(step))
     accounts: dict[str, object] = {key: asdict(account) for key, account in prepared.data.accounts.items()}
     if result.account is not None:

@@ -60,6 +60,7 @@ def shape_of(
             is_gated=is_gated,
             has_kernels=has_kernels,
             vocabulary=int(text.vocab_size),
+            context_length=getattr(text, "max_position_embeddings", None),
             num_parameters=num_parameters,
             num_matmul_parameters=attention + mlp,
             stored_bytes=(getattr(config, "dtype", None) or torch.float32).itemsize,

@@ -27,6 +27,7 @@ class ModelShape:
     is_gated: bool  # act(gate) · up between them, instead of act(up)
     has_kernels: bool  # of align.kernels.pointwise, for its norms and gated MLPs, on this machine's CPU
     vocabulary: int
+    context_length: int | None  # tokens of a row that it has positions for; None if it does not say
     num_parameters: int  # tied ones once
     num_matmul_parameters: int  # of the decoder layers, that one token is multiplied with
     stored_bytes: int  # a parameter, in the weight files

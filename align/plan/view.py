@@ -9,6 +9,7 @@ from rich.text import Text
 
 from align.base import find_device
 from align.config import Config
+from align.lengths import fitted, shortened
 from align.plan.fit import USABLE, Change, Device, changes, parse_size
 from align.plan.forecast import Plan, forecast
 from align.plan.memory import Footprint
@@ -30,6 +31,8 @@ def print_plan(config: Config, *, gpus: int, gpu_memory: str | None, as_json: bo
     asks_for_gpu = memory is not None or gpus > 1 or config.base.device == "cuda"
     on_gpu = asks_for_gpu or find_device(config.base).type == "cuda"
     shape = read_shape(config.base, config.adapters, for_gpu=on_gpu)
+    as_run = fitted(config, shape.context_length)
+    lengths, config = shortened(config, as_run), as_run
     plan = forecast(config, shape, on_gpu=on_gpu, gpus=gpus)
     found: list[Change] = []
     fits = memory is None or plan.peak() <= USABLE * memory
@@ -39,7 +42,8 @@ def print_plan(config: Config, *, gpus: int, gpu_memory: str | None, as_json: bo
     if as_json:
         print(json.dumps(_as_json(plan, found, fits=fits, memory=memory, device=device, gpus=gpus), indent=1))
     else:
-        print_view(Group(_roles(plan, device), _phases(plan), *_verdict(plan, found, memory=memory, gpus=gpus)))
+        room = [Text(f"the base's context: {line}") for line in lengths]
+        print_view(Group(_roles(plan, device), _phases(plan), *room, *_verdict(plan, found, memory=memory, gpus=gpus)))
     return fits
 
 

@@ -51,6 +51,19 @@ def test_check_as_json_holds_the_findings(recipe: Path) -> None:
     }  # fmt: skip
 
 
+def test_check_says_what_the_context_of_a_base_in_a_folder_does_not_hold(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"max_position_embeddings": 300}')
+    (folder / "model.safetensors").touch()
+    finished = align("check", recipe, f"base.model={folder}", "--json")
+    found = {finding["what"]: finding for finding in json.loads(finished.stdout)["findings"]}
+    assert found["lengths"]["verdict"] == "ok"
+    assert "context is 300 tokens; sft.max_length is 300, not 1024" in found["lengths"]["detail"]
+    finished = align("check", recipe, f"base.model={folder}", "ppo.rollout.max_response_length=300")
+    assert (finished.returncode, "max_response_length: 300, but" in finished.stderr) == (2, True)
+
+
 def test_check_looks_at_reward_sources_brought_heads_and_pretraining_data_too(recipe: Path) -> None:
     (recipe.parent / "mine").mkdir()
     (recipe.parent / "mine" / "adapter_config.json").write_text("{}")

@@ -557,6 +557,11 @@ def test_too_many_rejected_rows_stop_the_run_before_ray_and_are_in_a_file(folder
     assert "prompts.jsonl:2" in (run_of(folder) / "ppo" / "rejects.jsonl").read_text()
 
 
+def test_a_response_that_leaves_a_prompt_no_room_is_told_before_anything_runs(folder: Path, no_ray: None) -> None:
+    with pytest.raises(ConfigError, match="max_response_length: 512, but the base's context is 512 tokens"):
+        run(folder, "ppo.rollout.max_response_length=512")
+
+
 def test_a_reward_function_that_is_nowhere_is_told_before_anything_runs(folder: Path, no_ray: None) -> None:
     with pytest.raises(ConfigError, match="there is no module nowhere_at_all"):
         run(folder, 'ppo.rewards.sources=[{kind: function, function: "nowhere_at_all:f"}]')

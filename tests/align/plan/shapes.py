@@ -22,6 +22,7 @@ SMALL = ModelShape(
     is_gated=True,
     has_kernels=False,
     vocabulary=32,
+    context_length=None,
     # 2 · (64 + 32 + 32 + 64 + 3 · 128) products, embeddings 32 · 8 (tied), norms (2 · 2 + 1) · 8
     num_parameters=1152 + 256 + 40,
     num_matmul_parameters=1152,

@@ -68,3 +68,16 @@ def test_a_wrong_call_is_one_line_and_exit_code_2(tmp_path: Path, arguments: lis
     assert finished.returncode == 2
     assert said in finished.stderr
     assert "Traceback" not in finished.stderr
+
+
+def test_a_length_over_the_bases_context_is_planned_as_it_is_run(tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path)
+    finished = align("plan", recipe, "sft.max_length=100000", "ppo.rollout.max_prompt_length=100000")
+    assert "sft.max_length is 512, not 100000" in finished.stdout
+    assert "max_prompt_length is 504, not 100000" in finished.stdout
+    plans = [
+        json.loads(align("plan", recipe, f"sft.max_length={length}", "--json").stdout) for length in (512, 100_000)
+    ]
+    assert plans[0] == plans[1]
+    finished = align("plan", recipe, "ppo.rollout.max_response_length=512")
+    assert (finished.returncode, "no prompt has room beside it" in finished.stderr) == (2, True)
