@@ -6,6 +6,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from collections.abc import Generator
 from contextlib import closing, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict
@@ -116,11 +117,12 @@ def run(
         with redirect_stdout(sys.stderr if as_json else sys.stdout), closing(make_display(is_quiet=quiet)) as display:
             command = shlex.join(["align", "run", str(config), *(overrides or [])])
             call = RunCall(command, stage, resume, fresh, tuple(allow_change or ()))
+            started = time.monotonic()
             summary = run_pipeline(loaded, call, stages=STAGE_FUNCTIONS, display=display)
         if as_json:
             print(json.dumps(summary, indent=1))
         else:
-            print_view(summary_view(summary))
+            print_view(summary_view(summary, command_seconds=time.monotonic() - started))
             print(f"results: {run_folder(loaded)}")
 
 

@@ -148,8 +148,12 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def summary_view(summary: Section) -> RenderableType:
-    """The final table; what has not run yet, or has no gold, is left out."""
+def summary_view(summary: Section, *, command_seconds: float) -> RenderableType:
+    """The final table; what has not run yet, or has no gold, is left out.
+
+    Args:
+        command_seconds: how long this command took; the summary has the time of all that stands, whoever made it.
+    """
     parts: list[RenderableType] = []
     sft, reward, evaluation = (_section(summary, name) for name in ("sft", "reward", "eval"))
     if sft or reward:
@@ -160,9 +164,12 @@ def summary_view(summary: Section) -> RenderableType:
         parts.extend(_samples(cast(Sequence[Section], evaluation.get("samples") or ()), before))
     seconds = _section(summary, "seconds")
     spent = ", ".join(f"{name} {clock(_number(seconds, name))}" for name in seconds if name != "install_excluded_total")
-    total = clock(_number(seconds, "install_excluded_total"))
+    total = _number(seconds, "install_excluded_total")
+    own = f", {clock(command_seconds)} of it in this command" if total > command_seconds + 1 else ""
     memory = _number(summary, "peak_rss_bytes") / 2**30
-    parts.append(Text(f"time {total} ({spent or 'no stage'}), peak memory of the worker {memory:.2f} GiB", "dim"))
+    parts.append(
+        Text(f"time {clock(total)} ({spent or 'no stage'}){own}, peak memory of the worker {memory:.2f} GiB", "dim")
+    )
     forecasts = [f"{name} {_forecast(stage)}" for name, stage in _section(summary, "memory").items()]
     if forecasts:
         what = "memory" if "peak_device_memory_bytes" in summary else "memory above the imports"

@@ -24,15 +24,24 @@ def rendered(view: RenderableType) -> str:
     return stream.getvalue()
 
 
+def shown_summary(summary: dict[str, object]) -> RenderableType:
+    return summary_view(summary, command_seconds=75.0)
+
+
 def test_the_table_shows_each_number_beside_its_interval() -> None:
-    text = rendered(summary_view(SUMMARY))
+    text = rendered(shown_summary(SUMMARY))
     for shown in ("3.250", "2.500", "0.550 [0.450, 0.650]", "0.800 [0.700, 0.900]", "0.300 [0.200, 0.400]", "21.500",
                   "Why [bold]?", "So.", "time 1:15", "1.00 GiB"):  # fmt: skip
         assert shown in text
 
 
+def test_the_time_of_earlier_commands_is_told_apart() -> None:
+    for command, said in ((76.0, "time 1:15 (sft 0:15), peak"), (5.0, "(sft 0:15), 0:05 of it in this command, peak")):
+        assert said in rendered(summary_view(SUMMARY, command_seconds=command))
+
+
 def test_what_was_before_stands_left_of_what_came_after() -> None:
-    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in rendered(summary_view(SUMMARY)).splitlines()]
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in rendered(shown_summary(SUMMARY)).splitlines()]
     assert ["SFT: NLL per token", "3.250", "2.500"] in rows
     assert ["gold score", "0.100", "0.400"] in rows
     assert ["score", "-1.000", "1.000"] in rows
@@ -42,43 +51,43 @@ def test_what_was_before_stands_left_of_what_came_after() -> None:
 
 def test_the_table_says_whether_pairs_or_verdicts_were_judged() -> None:
     reward = {"accuracy": 0.8, "margin": 1.5}
-    assert "reward: pair accuracy" in rendered(summary_view({"reward": reward}))
-    assert "reward: accuracy of verdicts" in rendered(summary_view({"reward": {**reward, "auc": 0.9}}))
+    assert "reward: pair accuracy" in rendered(shown_summary({"reward": reward}))
+    assert "reward: accuracy of verdicts" in rendered(shown_summary({"reward": {**reward, "auc": 0.9}}))
 
 
 def test_the_forecast_stands_beside_the_measured_peak() -> None:
     memory = {"sft": {"forecast_bytes": 2**30, "peak_bytes": 2**31}, "ppo": {"forecast_bytes": 0, "peak_bytes": 2**29}}
-    text = rendered(summary_view({**SUMMARY, "memory": memory}))
+    text = rendered(shown_summary({**SUMMARY, "memory": memory}))
     said = "memory above the imports, GiB, forecast at full length / measured peak: sft 1.00 / 2.00, ppo 0.00 / 0.50"
     assert said in text
-    on_gpu = rendered(summary_view({**SUMMARY, "memory": memory, "peak_device_memory_bytes": 1}))
+    on_gpu = rendered(shown_summary({**SUMMARY, "memory": memory, "peak_device_memory_bytes": 1}))
     assert "memory, GiB, forecast at full length / measured peak" in on_gpu
-    assert "forecast" not in rendered(summary_view({**SUMMARY, "memory": {}}))
+    assert "forecast" not in rendered(shown_summary({**SUMMARY, "memory": {}}))
 
 
 def test_what_a_model_wrote_cannot_steer_the_terminal() -> None:
-    text = rendered(summary_view(SUMMARY))
+    text = rendered(shown_summary(SUMMARY))
     assert "\x1b" not in text
     assert "Because\N{REPLACEMENT CHARACTER}[2J of it." in text
 
 
 def test_the_table_of_a_task_without_gold_has_no_gold() -> None:
     evaluation = {"score_sft": 0.0, "score_ppo": 1.0}
-    text = rendered(summary_view({**SUMMARY, "eval": evaluation}))
+    text = rendered(shown_summary({**SUMMARY, "eval": evaluation}))
     assert " score " in text
     assert "gold" not in text
 
 
 def test_what_the_policy_is_held_against_is_called_sft_only_where_there_was_sft() -> None:
-    assert "win rate against SFT" in rendered(summary_view(SUMMARY))
-    without = rendered(summary_view({key: value for key, value in SUMMARY.items() if key != "sft"}))
+    assert "win rate against SFT" in rendered(shown_summary(SUMMARY))
+    without = rendered(shown_summary({key: value for key, value in SUMMARY.items() if key != "sft"}))
     assert "win rate against the reference" in without
     assert "SFT" not in without
 
 
 @pytest.mark.parametrize("missing", ["sft", "reward", "eval", "seconds", "peak_rss_bytes"])
 def test_the_table_stands_without_what_has_not_run(missing: str) -> None:
-    assert rendered(summary_view({key: value for key, value in SUMMARY.items() if key != missing}))
+    assert rendered(shown_summary({key: value for key, value in SUMMARY.items() if key != missing}))
 
 
 def status(done: int) -> Status:
