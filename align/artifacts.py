@@ -187,11 +187,18 @@ def read_artifact(path: Path, *, base_identity: str | None = None) -> Artifact:
         raise ArtifactError(f"{path} cannot be read: {error}") from None
     if actual != expected:
         names = sorted(name for name in {*actual, *expected} if actual.get(name) != expected.get(name))
-        raise ArtifactError(f"{path} is damaged: {', '.join(names)} differ from {MANIFEST}")
+        said = [f"{name} {_what_differs(name, actual, expected)}" for name in names]
+        raise ArtifactError(f"{path} is damaged: {', '.join(said)}")
     artifact = _as_artifact(path, meta)
     if base_identity is not None:
         verify_base(artifact, base_identity)
     return artifact
+
+
+def _what_differs(name: str, actual: Mapping[str, object], expected: Mapping[str, object]) -> str:
+    if name not in actual:
+        return "is missing"
+    return f"differs from {MANIFEST}" if name in expected else f"is not in {MANIFEST}"
 
 
 def verify_base(artifact: Artifact, base_identity: str) -> None:

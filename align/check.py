@@ -92,7 +92,13 @@ def _folder(folder: Path) -> str:
 
 
 def _lacks(folder: Path, missing: list[str]) -> str:
-    return f"holds no {' and no '.join(missing)}" if folder.is_dir() else "is no folder that exists"
+    return (
+        f"holds no {' and no '.join(missing)}"
+        if folder.is_dir()
+        else "is a file, not a folder"
+        if folder.exists()
+        else "is no folder that exists"
+    )
 
 
 def _check_adapters(config: Config) -> Iterator[Finding]:

@@ -212,6 +212,8 @@ def inspect(
             print(json.dumps(asdict(found), indent=1))
         else:
             print_view(inspection_view(found))
+            if html is not None:
+                print(f"page: {html}")
 
 
 @app.command()

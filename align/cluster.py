@@ -14,6 +14,7 @@ from align.errors import (
     AlignError,
     OutOfMemoryError,
     PlacementError,
+    RewardFunctionError,
     StoppedError,
     StorageError,
     WorkerDiedError,
@@ -168,9 +169,8 @@ class Cluster:
         except StorageError as why:
             self._note(f"warning: {doing} cannot be asked to stop: {why}")
             raise stop from None
-        self._note(
-            f"stopping: {doing} has up to {_STOP_SECONDS:g} s to save its last update; a second Ctrl-C ends at once"
-        )
+        to_save = "to stop" if doing == "evaluation" else "to save its last update"
+        self._note(f"stopping: {doing} has up to {_STOP_SECONDS:g} s {to_save}; a second Ctrl-C ends at once")
         if not ray.wait([reference], timeout=_STOP_SECONDS)[0]:
             self._note(f"warning: {doing} did not come to a place to stop at: what its checkpoints hold is kept")
             raise stop
@@ -236,6 +236,8 @@ class Cluster:
         except RayTaskError as error:
             saved = self._save(error)
             cause = error.cause
+            if isinstance(cause, RewardFunctionError):
+                raise RewardFunctionError(f"{cause} (traceback: {saved})") from None
             if isinstance(cause, AlignError):
                 raise cause from None
             raise WorkerError(

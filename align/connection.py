@@ -7,7 +7,7 @@ import signal
 import socket
 import threading
 
-from align.errors import PlacementError
+from align.errors import PlacementError, UsageError
 
 _OBJECT_STORE_BYTES = 512 * 2**20  # of a Ray of our own: only the records pass through it
 _SLOW_START = "timed out during startup"  # Ray's own limit, 30 s and fixed: one more try helps on a busy machine
@@ -20,7 +20,8 @@ def is_in_ray_job() -> bool:
 
 
 def connect(address: str, *, key: str = "cluster.address") -> bool:
-    """Whether the connection is ours to end; PlacementError, which says where the address stood, if there is none."""
+    """Whether the connection is ours to end; PlacementError, which says where the address stood, if there is none, and
+    UsageError if the address is none."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "0")  # or SIGTERM in ray.init waits half a minute
     if address == "local" and is_in_ray_job():
@@ -58,13 +59,15 @@ def connect(address: str, *, key: str = "cluster.address") -> bool:
 
 
 def _verify_answers(address: str, *, key: str) -> None:
-    """PlacementError if nobody listens at host:port: Ray would ask again and again, without end."""
+    """PlacementError if nobody listens at host:port: Ray would ask again and again, without end. UsageError if it is
+    no such address."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_SECONDS).close()
-    except (OSError, ValueError, OverflowError) as error:
-        wanted = error if isinstance(error, OSError) else "it is not HOST:PORT"
-        raise PlacementError(_no_connection(address, str(wanted), key=key, is_own=False)) from None
+    except OSError as error:
+        raise PlacementError(_no_connection(address, str(error), key=key, is_own=False)) from None
+    except (ValueError, OverflowError):
+        raise UsageError(_no_connection(address, "it is not HOST:PORT", key=key, is_own=False)) from None
 
 
 def _no_connection(address: str, said: str, *, key: str, is_own: bool) -> str:

@@ -51,15 +51,25 @@ def run_ingest(
 
 def as_held_out(given: Sequence[str]) -> tuple[float, tuple[str, ...]]:
     """(fraction, sources) of --held-out: a lone number is a fraction."""
-    try:
-        fraction = float(given[0]) if len(given) == 1 else None
-    except ValueError:
-        fraction = None
+    fraction = float(given[0]) if len(given) == 1 and _is_number(given[0]) else None
     if fraction is None:
+        number = next((text for text in given if _is_number(text)), None)
+        if number is not None:
+            raise UsageError(
+                f"--held-out {' --held-out '.join(given)}: give one fraction, or sources, not {number} too"
+            )
         return 0.05, tuple(given)
     if not 0 <= fraction < 1:
         raise UsageError(f"--held-out {given[0]}: a fraction is from 0 to below 1; a source is a file's name")
     return fraction, ()
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def as_columns(columns: str | None) -> tuple[tuple[str, str], ...]:

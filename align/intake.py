@@ -66,6 +66,7 @@ def read_stage_data(config: Config, stage: StageName, run: Path, note: Callable[
         fraction = section.held_out_fraction
         train, held_out = split_by_prompt(train, held_out_fraction=fraction, seed=config.run.seed)
         parts[f"{key}.held_out_fraction"] = fraction
+        note(f"{key}: {len(held_out):,} of them are held out, by prompt (held_out_fraction {fraction:g})")
     else:
         held_out = readings[f"{key}.held_out"].records
         shared = shared_prompts(train, held_out)

@@ -154,12 +154,24 @@ def _explain(item: Mapping[str, Any], places: Mapping[str, str], file: str) -> s
         return f"{place}: {dotted}: is empty; put its keys under it or remove the line"
     message = str(item["msg"]).removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
+    if item["type"] in ("tuple_type", "model_type"):  # what pydantic calls them says nothing to a writer of YAML
+        first = f"{dotted}: [{item['input']}]" if item["type"] == "tuple_type" else f"{dotted}.KEY=VALUE"
+        message = f"{'must be a list' if item['type'] == 'tuple_type' else 'is a section, not a value'}: write {first}"
+    place = _culprit(dotted, message, places) or place
     if item["type"] == "string_type" and not isinstance(item["input"], dict | list | type(None)):
         quoted = f'"{item["input"]}"'
         wanted = f"'{dotted}={quoted}'" if place.startswith("override") else quoted
         message += f"; YAML reads it as {type(item['input']).__name__}, so write it in quotes: {wanted}"
     seen = "" if isinstance(item["input"], dict | BaseModel) else f"{item['input']!r}: "
     return f"{place}: {dotted}: {seen}{message}" if dotted else f"{place}: {message}"
+
+
+def _culprit(dotted: str, message: str, places: Mapping[str, str]) -> str | None:
+    """Where a key of a section stands that a message about the whole section names; an override is the likelier."""
+    named = [
+        key for key in places if key.startswith(f"{dotted}.") and re.search(rf"\b{key[len(dotted) + 1 :]}\b", message)
+    ]
+    return next((places[key] for key in named if places[key].startswith("override")), None)
 
 
 def _upwards(dotted: str) -> Iterator[str]:

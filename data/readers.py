@@ -74,7 +74,10 @@ def require_file(path: Path) -> Path:
         with path.open("rb"):
             return path
     except IsADirectoryError:
-        reason = "it is a folder, and no data set of align ingest"
+        files = sorted(file.suffix for file in path.iterdir() if file.suffix in KINDS)
+        reason = "it is a folder, and no data set of align ingest; " + (
+            f"align ingest '{path}/*{files[0]}' --to FOLDER makes one of its files" if files else "name a file"
+        )
     except FileNotFoundError:
         reason = "it does not exist"
     except OSError as error:
@@ -117,6 +120,8 @@ def decode(raw: RawRow) -> Row | Damage:
         return raw.content
     try:
         row: object = json.loads(raw.content.decode())  # of bytes, json would take UTF-16, too
+    except UnicodeDecodeError as error:
+        return Damage(f"not UTF-8, which the file has to be saved as: {error.reason} at byte {error.start}")
     except (ValueError, RecursionError) as error:  # ValueError covers JSON, UTF-8 and over-long integers
         return Damage(f"{error}: {raw.content[:40]!r}")
     return cast(Row, row) if isinstance(row, dict) else Damage(f"no object: {raw.content[:40]!r}")

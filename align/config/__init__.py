@@ -6,6 +6,7 @@ this tree.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -144,7 +145,9 @@ class SupervisedConfig(Section):
     @model_validator(mode="after")
     def _whole_micro_batches(self) -> "SupervisedConfig":
         if self.batch_size % self.micro_batch_size:
-            raise ValueError(f"batch_size {self.batch_size} is not a multiple of micro_batch_size")
+            raise ValueError(
+                f"batch_size {self.batch_size} is not a multiple of micro_batch_size {self.micro_batch_size}"
+            )
         return self
 
 
@@ -215,9 +218,16 @@ class EvaluationConfig(Section):
     show: int = Field(default=3, ge=0, description="prompts shown with the answer before and after")
 
 
+def _address(text: str) -> str:
+    if re.fullmatch(r"local|auto|\w+://.+|.+:\d+", text) is None:
+        raise ValueError("must be local, auto, HOST:PORT or ray://HOST:PORT")
+    return text
+
+
 class ClusterConfig(Section):
-    address: str = Field(
-        default="local", description="local: a Ray of our own (in a Ray job: the job's); auto, or host:port"
+    address: Annotated[str, AfterValidator(_address)] = Field(
+        default="local",
+        description="local: a Ray of our own (in a Ray job: the job's); auto, or host:port",
     )
     cpus: int | None = Field(
         default=None, ge=1, description="of the worker; all that the cluster's node has, if not given"

@@ -176,8 +176,11 @@ def inspect_dataset(
 def _verified(folder: Path) -> tuple[str, Mapping[str, Any], Mapping[str, Any]]:
     """(content hash, dataset.json, account.json)"""
     if not is_dataset(folder):
-        what = "a folder without dataset.json" if folder.is_dir() else "no folder that exists"
-        raise ArtifactError(f"{folder} is not a data set of `align ingest`, but {what}")
+        what = "a file" if folder.is_file() else "no folder that exists"
+        what = "a folder without dataset.json" if folder.is_dir() else what
+        raise ArtifactError(
+            f"{folder} is not a data set of `align ingest`, but {what}; make one: align ingest SOURCE --to FOLDER"
+        )
     try:
         artifact = read_artifact(folder)
     except ArtifactError as error:

@@ -14,7 +14,7 @@ import torch
 
 from align.artifacts import Artifact, write_directory
 from align.context import StageContext, StageResult
-from align.errors import InvariantError, StorageError
+from align.errors import InvariantError, RewardFunctionError, StorageError
 from align.stopping import is_asked_to_stop
 
 
@@ -46,6 +46,10 @@ def fake_evaluation(config: Any, inputs: Any, context: StageContext) -> StageRes
 
 def failing_invariant(config: Any, inputs: Any, context: StageContext) -> StageResult:
     raise InvariantError("the ratio is 3")
+
+
+def with_a_failing_reward_function(config: Any, inputs: Any, context: StageContext) -> StageResult:
+    raise RewardFunctionError("mine:score raised KeyError") from KeyError("colour")
 
 
 def failing_somehow(config: Any, inputs: Any, context: StageContext) -> StageResult:

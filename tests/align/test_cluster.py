@@ -13,7 +13,7 @@ from align import settings
 from align.cluster import Cluster, Resources, explain_shortage, resources_to_ask
 from align.config import BaseModelConfig, ClusterConfig
 from align.connection import connect, is_in_ray_job
-from align.errors import PlacementError, WorkerError
+from align.errors import PlacementError, UsageError, WorkerError
 from align.worker import _lack_of_memory_told  # pyright: ignore[reportPrivateUsage]
 from tests.align.recipe import write_recipe
 from tests.shell import PATIENCE_SECONDS, new_shell
@@ -91,7 +91,8 @@ def test_an_address_where_nobody_listens_is_told_at_once(
 ) -> None:
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray would ask without end"))
-    with pytest.raises(PlacementError, match=rf"--address: '{address}': .*{said}.*use --address=local"):
+    kind = UsageError if said == "HOST:PORT" else PlacementError
+    with pytest.raises(kind, match=rf"--address: '{address}': .*{said}.*use --address=local"):
         connect(address, key="--address")
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from align.errors import (
     InvariantError,
     OutOfMemoryError,
     PlacementError,
+    RewardFunctionError,
     StoppedError,
     StorageError,
     UsageError,
@@ -287,6 +289,13 @@ def test_an_error_of_ours_in_the_worker_arrives_as_itself(folder: Path, ray_clus
     with pytest.raises(InvariantError, match=r"^the ratio is 3$"):
         run(folder, stage="sft", change={"sft": fake_stages.failing_invariant})
     assert read_state(run_of(folder), 0.0).error == "the ratio is 3"
+
+
+def test_a_failure_of_a_reward_function_is_told_with_where_its_traceback_is(folder: Path, ray_cluster: None) -> None:
+    saved = run_of(folder) / "error.txt"
+    with pytest.raises(RewardFunctionError, match=re.escape(f"mine:score raised KeyError (traceback: {saved})")):
+        run(folder, stage="sft", change={"sft": fake_stages.with_a_failing_reward_function})
+    assert "KeyError: 'colour'" in saved.read_text()
 
 
 def test_any_other_error_is_told_with_its_type_and_where_its_traceback_is(folder: Path, ray_cluster: None) -> None:

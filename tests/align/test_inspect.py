@@ -57,6 +57,7 @@ def test_the_tables_and_the_page_show_the_same_counts(folder: Path, tmp_path: Pa
     page = tmp_path / "page.html"
     finished = align("inspect", folder, "--html", page, "--quiet")
     assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.endswith(f"page: {page}\n")
     html = page.read_text(encoding="utf-8")
     for text in (finished.stdout, html):
         for shown in ("7 rows in, 4 kept", "a.jsonl", "empty response", "0.667 [0.208, 0.939] (2 of 3)",
@@ -126,12 +127,15 @@ def failed(*arguments: str | Path) -> str:
 
 
 def test_what_cannot_be_inspected_is_one_message_and_exit_code_2(folder: Path, tmp_path: Path) -> None:
-    assert "error: nowhere is not a data set of `align ingest`, but no folder that exists" in failed("nowhere")
+    assert "error: nowhere is not a data set of `align ingest`, but no folder that exists; make one" in failed(
+        "nowhere"
+    )
+    assert "is not a data set of `align ingest`, but a file; make one" in failed(__file__)
     assert "is not a data set of `align ingest`" in failed(tmp_path)
     assert "error: --tokenizer: './nowhere' is not a folder that exists" in failed(folder, "--tokenizer", "./nowhere")
     assert "give --tokenizer, too" in failed(folder, "--max-length", "9")
     (folder / "train-00000.parquet").write_bytes(b"PAR1")
-    assert "train-00000.parquet differ" in failed(folder)
+    assert "train-00000.parquet differs" in failed(folder)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -25,7 +25,10 @@ def test_verdicts_are_read_and_split_by_prompt(tmp_path: Path) -> None:
     config = loaded(tmp_path, "reward.objective.kind=unpaired")
     rows = [{"prompt": f"Is {i} a number?", "completion": "Yes.", "label": i % 2 == 0} for i in range(20)]
     write_rows(tmp_path / "comparisons.jsonl", rows)
-    data = read_stage_data(config, "reward", tmp_path / "run", note=lambda text: None)
+    notes: list[str] = []
+    data = read_stage_data(config, "reward", tmp_path / "run", note=notes.append)
+    held_out = f"data.reward: {len(data.held_out)} of them are held out, by prompt (held_out_fraction 0.3)"
+    assert notes == ["data.reward.train: 20 rows in, 20 kept", held_out]
     assert {type(record) for record in (*data.train, *data.held_out)} == {Verdict}
     assert len(data.train) + len(data.held_out) == 20
 

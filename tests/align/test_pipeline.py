@@ -184,7 +184,7 @@ def test_a_finished_step_whose_artifact_was_touched_is_an_error(tmp_path: Path) 
     finish(tmp_path / "ppo", parts)
     (tmp_path / "ppo" / "adapter" / "adapter_config.json").write_text("other")
     again = f"make it again: {COMMAND} --stage ppo --fresh$"
-    with pytest.raises(ArtifactError, match=rf"adapter_config\.json differ .*{again}"):
+    with pytest.raises(ArtifactError, match=rf"adapter_config\.json differs .*{again}"):
         decided(tmp_path / "ppo", parts)
     shutil.rmtree(tmp_path / "ppo" / "adapter")
     with pytest.raises(ArtifactError, match=rf"there is no artifact at .*{again}"):

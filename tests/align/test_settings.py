@@ -100,8 +100,32 @@ def test_all_wrong_keys_are_told_at_once(recipe: Path) -> None:
 
 
 def test_a_rule_between_keys_is_told_with_its_section(recipe: Path) -> None:
+    with_text(recipe, "episodes: 8", "episodes: 7")
+    assert f"{recipe}:11: ppo: rollout.episodes 7 is not a multiple of" in message_of(recipe)
+
+
+def test_a_rule_that_an_override_breaks_is_told_of_it(recipe: Path) -> None:
     message = message_of(recipe, "ppo.rollout.episodes=7")
-    assert f"{recipe}:11: ppo: rollout.episodes 7 is not a multiple of" in message
+    assert message.startswith("override ppo.rollout.episodes=7: ppo: rollout.episodes 7 is not a multiple of")
+    message = message_of(recipe, "sft.learning_rate=1e-3", "sft.batch_size=6")
+    assert message == "override sft.batch_size=6: sft: batch_size 6 is not a multiple of micro_batch_size 8"
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("run.stages=sft", "run.stages: 'sft': must be a list: write run.stages: [sft]"),
+        ("sft=3", "sft: 3: is a section, not a value: write sft.KEY=VALUE"),
+        ("cluster.address=head", "cluster.address: 'head': must be local, auto, HOST:PORT or ray://HOST:PORT"),
+    ],
+)
+def test_a_value_of_another_kind_is_told_in_the_words_of_yaml(override: str, said: str, recipe: Path) -> None:
+    assert message_of(recipe, override) == f"override {override}: {said}"
+
+
+@pytest.mark.parametrize("address", ["local", "auto", "head:6379", "10.0.0.1:6379", "[::1]:6379", "ray://head:10001"])
+def test_every_address_that_ray_takes_is_taken(address: str, recipe: Path) -> None:
+    assert settings.load(recipe, [f"cluster.address='{address}'"]).cluster.address == address
 
 
 def test_a_key_that_stands_twice_is_refused(recipe: Path) -> None:

@@ -129,7 +129,10 @@ def test_an_unknown_kind_a_folder_and_a_missing_file_are_named(tmp_path: Path) -
         kind_of_file(Path("f.txt"))
     with pytest.raises(DataError, match=r"f\.parquet\.gz: unknown kind"):
         kind_of_file(Path("f.parquet.gz"))
-    with pytest.raises(DataError, match="it is a folder"):
+    with pytest.raises(DataError, match="it is a folder, and no data set of align ingest; name a file"):
+        cut(tmp_path)
+    (tmp_path / "a.csv").touch()
+    with pytest.raises(DataError, match=rf"; align ingest '{tmp_path}/\*\.csv' --to FOLDER makes one of its files"):
         cut(tmp_path)
     with pytest.raises(DataError, match="does not exist"):
         cut(tmp_path / "none.jsonl")
@@ -139,6 +142,8 @@ def test_a_rejected_row_is_kept_as_it_was() -> None:
     assert as_text(b'{"a": "\xff"}') == '{"a": "\\xff"}'
     assert as_text({"a": "ü", "n": 1}) == '{"a": "ü", "n": 1}'
     assert decode(RawRow(1, b"[1]")) == Damage("no object: b'[1]'")
+    latin = "not UTF-8, which the file has to be saved as: invalid continuation byte at byte 10"
+    assert decode(RawRow(1, b'{"a": "caf\xe9"}')) == Damage(latin)
 
 
 @pytest.mark.parametrize("after", [b"\n[{}]", b" trailing", b"x" * (3 << 20)])
