@@ -110,18 +110,23 @@ def _download(hub_id: str, revision: str | None, files: Sequence[str]) -> Path:
         ) from None
 
 
-def missing_files(folder: Path) -> list[str]:
-    """What a folder lacks to be a model of transformers, as patterns."""
-    return [name for name in ("config.json", "*.safetensors") if not any(folder.glob(name))]
+def verify_model_folder(folder: Path, *, key: str) -> None:
+    """ModelError, which names the setting `key`, if a folder is not there or is no model of transformers."""
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "is no folder that exists"
+        raise ModelError(f"{key}: {folder} {what}; give a folder of transformers")
+    missing = [name for name in ("config.json", "*.safetensors") if not any(folder.glob(name))]
+    if missing:
+        raise ModelError(
+            f"{key}: {folder} holds no {' and no '.join(missing)}; give a folder of transformers (pickled weights are "
+            "not loaded)"
+        )
 
 
 def _identity(folder: Path) -> str:
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"base.model: {folder} has no config.json; it is not a model of transformers")
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        raise ModelError(f"base.model: {folder} has no *.safetensors (pickled weights are not loaded)")
-    return sha256_of_json({file.name: sha256_of_file(file) for file in [folder / "config.json", *weights]})
+    verify_model_folder(folder, key="base.model")
+    files = [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+    return sha256_of_json({file.name: sha256_of_file(file) for file in files})
 
 
 def load_base(config: BaseModelConfig) -> Base:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from align.base import missing_files, verify_hub_id
+from align.base import verify_hub_id, verify_model_folder
 from align.config import BaseModelConfig, Config, SourceConfig
-from align.errors import AlignError, ModelError
+from align.errors import AlignError
 from align.handover import brought, brought_head
 from align.intake import held_out_of, kind_of
 from align.lengths import context_length_in, fitted, shortened
@@ -85,20 +85,8 @@ def _hub_id(model: str) -> str:
 
 
 def _folder(folder: Path) -> str:
-    missing = missing_files(folder)
-    if missing:
-        raise ModelError(f"base.model: {folder} {_lacks(folder, missing)}; give a folder of transformers")
+    verify_model_folder(folder, key="base.model")
     return str(folder)
-
-
-def _lacks(folder: Path, missing: list[str]) -> str:
-    return (
-        f"holds no {' and no '.join(missing)}"
-        if folder.is_dir()
-        else "is a file, not a folder"
-        if folder.exists()
-        else "is no folder that exists"
-    )
 
 
 def _check_adapters(config: Config) -> Iterator[Finding]:

@@ -11,12 +11,15 @@ from collections.abc import Generator
 from contextlib import closing, contextmanager, redirect_stdout, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
 from align.errors import AlignError, ConfigError, StoppedError, UsageError
 from align.steps import STAGE_FUNCTIONS
+
+if TYPE_CHECKING:
+    from align.show import Display
 
 app = typer.Typer(
     add_completion=False,
@@ -34,7 +37,12 @@ _OUT_OF_REACH = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG)
 
 @contextmanager
 def _one_message() -> Generator[None]:
+    """Around all of a command: whatever goes wrong in it ends in one message. The command imports what it needs inside,
+    when our own packages come first: with `python -m align` the current folder would."""
+    from align.installation import verify_packages
+
     try:
+        verify_packages()
         yield
     except AlignError as error:
         _end_with(str(error), error.exit_code)
@@ -61,11 +69,13 @@ def _end_with(message: str, exit_code: int) -> NoReturn:
     raise typer.Exit(exit_code) from None
 
 
-def _ours_only() -> None:
-    """Ahead of the imports of `data`: with `python -m align.cli` the current folder comes first here, too."""
-    from align.installation import verify_packages
+@contextmanager
+def _display(*, quiet: bool, as_json: bool) -> Generator["Display"]:
+    """What shows the work. With --json stdout is for the result alone, though Ray prints notices of its own there."""
+    from align.show import make_display
 
-    verify_packages()
+    with redirect_stdout(sys.stderr if as_json else sys.stdout), closing(make_display(is_quiet=quiet)) as display:
+        yield display
 
 
 def _print_version(is_asked: bool) -> None:
@@ -106,15 +116,13 @@ def run(
             raise ConfigError("--resume continues what --fresh discards: give one of them")
         if allow_change and not resume:
             raise ConfigError("--allow-change is about what --resume goes on from: give both")
-        _ours_only()
         from align import settings
         from align.driver import run_folder, run_pipeline
         from align.pipeline import RunCall
-        from align.show import make_display, print_view, summary_view
+        from align.show import print_view, summary_view
 
         loaded = settings.load(config, overrides or [])
-        # Ray prints notices of its own on stdout; with --json that is for the summary alone
-        with redirect_stdout(sys.stderr if as_json else sys.stdout), closing(make_display(is_quiet=quiet)) as display:
+        with _display(quiet=quiet, as_json=as_json) as display:
             command = shlex.join(["align", "run", str(config), *(overrides or [])])
             call = RunCall(command, stage, resume, fresh, tuple(allow_change or ()))
             started = time.monotonic()
@@ -130,7 +138,6 @@ def run(
 def check(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Check a config and the files that it names, without torch, Ray or the network."""
     with _one_message():
-        _ours_only()
         from align import settings
         from align.check import check_config
         from align.show import check_view, print_view
@@ -159,7 +166,6 @@ def plan(
 ) -> None:
     """Forecast memory and work from the base's configuration alone: no weights are loaded."""
     with _one_message():
-        _ours_only()
         from align import settings
         from align.plan.view import print_plan
 
@@ -188,16 +194,15 @@ def inspect(
     with _one_message():
         if tokenizer is None and (system_prompt is not None or max_length is not None):
             raise UsageError("--system-prompt and --max-length are about tokens: give --tokenizer, too")
-        _ours_only()
         if html is not None and html.is_dir():
             raise UsageError(f"--html: cannot write {html}: it is a folder; name a file")
         if html is not None and folder.resolve() in html.resolve().parents:
             raise UsageError(f"--html {html}: a page inside {folder} would damage the data set; write it elsewhere")
         from align.inspect_view import inspection_view, write_page
-        from align.show import late_progress, make_display, print_view
+        from align.show import late_progress, print_view
         from data.ingestion.inspection import inspect_dataset
 
-        with redirect_stdout(sys.stderr if as_json else sys.stdout), closing(make_display(is_quiet=quiet)) as display:
+        with _display(quiet=quiet, as_json=as_json) as display:
             codec = None
             if tokenizer is not None:
                 display.note(f"loading the tokenizer of {tokenizer}")  # its import alone takes seconds
@@ -223,8 +228,6 @@ def status(
 ) -> None:
     """Say how far a run is."""
     with _one_message():
-        import time
-
         from align.show import print_view, state_view
         from align.status import read_state
 
@@ -270,9 +273,8 @@ def ingest(
 ) -> None:
     """Turn raw data into a verified data set, with an account of every row."""
     with _one_message():
-        _ours_only()
         from align.ingest import as_columns, as_held_out, as_token_rule, run_ingest
-        from align.show import make_display, print_view
+        from align.show import print_view
         from data.ingestion.find import IngestRequest
 
         if engine == "local" and address != "local":
@@ -290,7 +292,7 @@ def ingest(
             weights=tuple(weight or ()),
             tokens=as_token_rule(tokenizer, max_length, system_prompt),
         )
-        with redirect_stdout(sys.stderr if as_json else sys.stdout), closing(make_display(is_quiet=quiet)) as display:
+        with _display(quiet=quiet, as_json=as_json) as display:
             account, view = run_ingest(asked, to, engine=engine, address=address, display=display)
         if as_json:
             print(json.dumps(account, indent=1))

@@ -6,7 +6,6 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 from align.artifacts import newest_whole, write_json, write_text
 from align.base import resolve_base
@@ -44,21 +43,12 @@ from align.pipeline import (
 from align.plan.forecast import forecast
 from align.results import FinishedStep, begin, read_finished, write_finished
 from align.settings import dump
+from align.show import Display
 from align.sources import source_identities
 from align.status import Status, occupied, read_status, write_end
 from align.stopping import heard_signals
 from align.summary import Journal
 from align.worker import Outcome, StageCall, StageFunction
-
-
-class Display(Protocol):
-    """Where the driver says what happens."""
-
-    def note(self, text: str) -> None: ...
-
-    def step(self, name: str, text: str) -> None: ...
-
-    def progress(self, status: Status) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -264,10 +254,10 @@ class Watch:
             self._display.progress(status)
 
 
-def _give_up(run: Path, display: Display, again: str) -> None:
+def _give_up(run: Path, display: Display, again: str, why: str) -> None:
     """On a process that is about to end in the middle of it all."""
-    write_end(run, "stopped, and ended without Ray, which did not answer")
-    display.note(f"warning: ended without Ray, which does not answer; what was finished is kept. Continue: {again}")
+    write_end(run, f"stopped, and {why}")
+    display.note(f"warning: {why}; what was finished is kept. Continue: {again}")
 
 
 @contextmanager

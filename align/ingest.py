@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Literal, cast
 
 from rich.console import RenderableType
-from rich.table import Table
 
 from align.base import load_codec
 from align.config import BaseModelConfig
-from align.driver import Display
 from align.errors import ModelError, TerminatedError, UsageError
 from align.fan_out import map_on_cluster
 from align.installation import import_root
-from align.show import printable
+from align.show import Display, make_table, printable
 from align.status import Status
 from align.stopping import heard_signals
 from data.ingestion.find import IngestRequest
@@ -105,9 +103,8 @@ def load_named_codec(tokenizer: str, system_prompt: str | None) -> Codec:
 
 
 def _view(account: dict[str, object], *, seconds: float) -> RenderableType:
-    table = Table(title=f"ingested in {seconds:.1f} s", title_justify="left")
-    for heading in ("source", "rows in", "kept", "rejected", "because"):
-        table.add_column(heading, justify="left" if heading in ("source", "because") else "right")
+    table = make_table(f"ingested in {seconds:.1f} s", "source", "rows in", "kept", "rejected")
+    table.add_column("because")
     sources = cast(dict[str, dict[str, object]], account["sources"])
     for name, own in (*sources.items(), *([("all", account)] if len(sources) > 1 else [])):
         rejected = cast(dict[str, int], own["rejected"])

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from align.artifacts import write_text
 from align.errors import StorageError, UsageError
-from align.show import printable
+from align.show import make_table, printable
 from data.ingestion.inspection import Example, Inspection, Share
 from data.ingestion.parts import Part
 
@@ -42,18 +42,10 @@ def write_page(path: Path, view: RenderableType) -> None:
         raise UsageError(f"--html: cannot write {path}: {error.__cause__}; choose another file") from None
 
 
-def _table(title: str, *columns: str, texts: int = 1) -> Table:
-    """All columns but the first `texts` hold numbers."""
-    table = Table(title=title, title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < texts else "right", overflow="fold")
-    return table
-
-
 def _sources(found: Inspection) -> Table:
     contents = found.contents
     title = f"{contents.kind}: {contents.rows_in:,} rows in, {contents.kept:,} kept"
-    table = _table(title, "source", "shape", "in", "kept", "rejected", *contents.splits, texts=2)
+    table = make_table(title, "source", "shape", "in", "kept", "rejected", *contents.splits, texts=2)
     for of in contents.sources:
         counts = (of.rows_in, of.kept, of.rejected, *of.splits.values())
         table.add_row(printable(of.name), printable(of.shape), *(f"{count:,}" for count in counts))
@@ -64,14 +56,14 @@ def _sources(found: Inspection) -> Table:
 
 
 def _counts(title: str, what: str, counts: Iterable[tuple[str, int]]) -> Table:
-    table = _table(title, what, "rows")
+    table = make_table(title, what, "rows")
     for name, count in counts:
         table.add_row(printable(name), f"{count:,}")
     return table
 
 
 def _lengths(found: Inspection) -> Table:
-    table = _table("lengths (row: the prompt and its longest response)", "", "mean", "p50", "p95", "p99", "longest")
+    table = make_table("lengths (row: the prompt and its longest response)", "", "mean", "p50", "p95", "p99", "longest")
     for unit, by_part in found.lengths.items():
         for name, of in by_part.items():
             numbers = (of.p50, of.p95, of.p99, of.max)

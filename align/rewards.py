@@ -12,6 +12,7 @@ from align.context import RewardModelArtifacts, member_suffixes
 from align.episodes import Episode, EpisodeBatch, collate, policy_pass, score_pass
 from align.errors import ArtifactError
 from align.heads import ScalarHead, ScoreStatistics, load_head
+from align.sampler import Sampler
 from align.scorers import Classifier, RewardFunction
 from data.batching import prompt_sorted_batches
 from data.tokenization import Codec, decode_response
@@ -75,23 +76,22 @@ def combine(scores_KB: Tensor, *, how: str, penalty: float) -> Tensor:
 
 @torch.no_grad()
 def judge(
-    model: AdaptedModel,
+    sampler: Sampler,
     episodes: Sequence[Episode],
     sources: RewardSources,
     *,
     role: str,
     reference: str,
-    temperature: float,
     batch_size: int,
-    pad_id: int,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """What each source says of episodes of `role`, by name, and their k1 to `reference` in nats a response: (N,) on the
-    CPU, in the order given."""
+    """What each source says of episodes that `sampler` drew of `role`, by name, and their k1 to `reference` in nats a
+    response: (N,) on the CPU, in the order given."""
+    model, temperature = sampler.model, sampler.sampling.temperature
     by_name = {source.name: torch.zeros(len(episodes)) for source in sources.sources}
     kls_N = torch.zeros(len(episodes))
     for group in prompt_sorted_batches([(e.prompt_ids, e.response_ids) for e in episodes], batch_size):
         chosen = [episodes[i] for i in group]
-        batch = collate(chosen, pad_id=pad_id, device=model.device)
+        batch = collate(chosen, pad_id=sampler.codec.pad_id, device=model.device)
         if role != reference:  # or it is 0
             with model.role(role):
                 own_BT = policy_pass(model, batch, temperature=temperature).logprobs_BT

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TextIO, cast
+from typing import Any, Protocol, TextIO, cast
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
@@ -16,6 +16,22 @@ from align.status import RunState, Status
 _PLAIN_EVERY_SECONDS = 15.0
 _SILENT_FOR_SECONDS = 2.0
 Section = Mapping[str, object]
+
+
+class Display(Protocol):
+    """Where a command says what happens."""
+
+    def note(self, text: str) -> None:
+        """A line of its own; one that begins with "warning" or "error" is shown in any case."""
+        ...
+
+    def step(self, name: str, text: str) -> None:
+        """What is done about a step: run, skip, resume, and why."""
+        ...
+
+    def progress(self, status: Status) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class QuietDisplay:
@@ -88,7 +104,7 @@ class WhileSeen:
     """What is shown as long as anybody sees it: where it cannot be written, as behind `head` or on a full disk, it
     falls silent, and the work goes on."""
 
-    def __init__(self, shown: QuietDisplay | PlainDisplay | BarDisplay) -> None:
+    def __init__(self, shown: Display) -> None:
         self._shown = shown
         self._is_seen = True
 
@@ -110,9 +126,6 @@ class WhileSeen:
                 what()
         except OSError:
             self._is_seen = False
-
-
-Display = QuietDisplay | PlainDisplay | BarDisplay | WhileSeen
 
 
 def make_display(*, is_quiet: bool) -> Display:
@@ -182,10 +195,19 @@ def _forecast(stage: object) -> str:
     return f"{forecast:.2f} / {peak:.2f}"
 
 
+def make_table(title: str, *columns: str, texts: int = 1) -> Table:
+    """All columns but the first `texts` hold numbers."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        if index < texts:
+            table.add_column(column, overflow="fold")
+        else:
+            table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
 def _stages_table(sft: Section, reward: Section) -> Table:
-    table = Table(title="held-out data", title_justify="left")
-    for column in ("", "before", "after"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = make_table("held-out data", "", "before", "after")
     if sft:
         table.add_row("SFT: NLL per token", _cell(sft, "nll_before"), _cell(sft, "nll_after"))
     if reward:
@@ -200,9 +222,7 @@ def _stages_table(sft: Section, reward: Section) -> Table:
 
 
 def _comparison_table(evaluation: Section, before: str) -> Table:
-    table = Table(title="held-out prompts (95 % intervals)", title_justify="left")
-    for column in ("", before, "PPO"):
-        table.add_column(column, justify="left" if not column else "right")
+    table = make_table("held-out prompts (95 % intervals)", "", before, "PPO")
     rows = (
         ("score", "score_sft", "score_ppo"),
         ("gold score", "gold_sft", "gold_ppo"),

@@ -9,9 +9,9 @@ from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 from align.artifacts import sha256_of_file, sha256_of_json
-from align.base import missing_files
+from align.base import verify_model_folder
 from align.config import RewardsConfig, RewardSourceConfig
-from align.errors import ConfigError, ModelError
+from align.errors import ConfigError
 
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
@@ -42,11 +42,7 @@ def source_identity(source: RewardSourceConfig) -> str:
     folder = Path(source.model)
     if not folder.is_absolute():  # settings made every folder absolute
         return f"{source.model}@{source.revision or 'default'}"
-    missing = missing_files(folder)
-    if missing:
-        raise ModelError(
-            f"ppo.rewards.sources: {folder} holds no {' and no '.join(missing)}; give a folder of a sequence classifier"
-        )
+    verify_model_folder(folder, key="ppo.rewards.sources")
     files = sorted([folder / "config.json", *folder.glob("*.safetensors"), *folder.glob("tokenizer*")])
     return sha256_of_json({file.name: sha256_of_file(file) for file in files})
 

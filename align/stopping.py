@@ -30,24 +30,27 @@ def forget_stop(run: Path) -> None:
 
 
 @contextmanager
-def heard_signals(give_up: Callable[[], None] = lambda: None) -> Generator[None]:
+def heard_signals(give_up: Callable[[str], None] = lambda why: None) -> Generator[None]:
     """Ctrl-C and SIGTERM end what is inside in good order; a Ctrl-C after that ends the process at once.
 
     Where all processes of a job are told to end, Ray's are gone before us, and calls to them would wait for a minute:
-    after some seconds `give_up` says so, and the process ends without them.
+    after some seconds the process ends without them. `give_up` is to say why it ends, wherever it is not in good order.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # where no signal comes
         return
 
     def end_at_once(number: int, frame: object) -> None:
-        os._exit(StoppedError.exit_code)
+        try:
+            give_up("ended at once by a second Ctrl-C")
+        finally:
+            os._exit(StoppedError.exit_code)
 
     is_inside = True
 
     def end_anyway(code: int) -> None:
         if is_inside:
-            give_up()
+            give_up("ended without Ray, which does not answer")
         if is_inside or not threading.main_thread().is_alive():  # or other code of this process goes on
             os._exit(code)
 

@@ -86,20 +86,12 @@ def answer(
 ) -> Answers:
     """Answers of `role` to each prompt, and what reference, reward sources, raw base and gold say of them."""
     sampler = examiner.sampler
-    model, codec, sampling = sampler.model, sampler.codec, sampler.sampling
+    model, codec = sampler.model, sampler.codec
     episodes = sampler.episodes(
         prompts, role=role, purpose="evaluation", each=examiner.samples, on_progress=on_progress
     )
-    by_name, kls_N = judge(
-        model,
-        episodes,
-        examiner.sources,
-        role=role,
-        reference="sft",
-        temperature=sampling.temperature,
-        batch_size=sampling.batch_size,
-        pad_id=codec.pad_id,
-    )
+    batch_size = sampler.sampling.batch_size
+    by_name, kls_N = judge(sampler, episodes, examiner.sources, role=role, reference="sft", batch_size=batch_size)
     scores, kls = examiner.sources.total(by_name).tolist(), kls_N.tolist()
     texts = [decode_response(codec, e.response_ids).strip() for e in episodes]
     nlls = base_nll(model, codec, [e.prompt_ids for e in episodes], [e.response_ids for e in episodes])

@@ -13,7 +13,7 @@ from align.lengths import fitted, shortened
 from align.plan.fit import USABLE, Change, Device, changes, parse_size
 from align.plan.forecast import Plan, forecast
 from align.plan.memory import Footprint
-from align.show import print_view
+from align.show import make_table, print_view
 
 _KINDS = [field.name for field in fields(Footprint)]
 
@@ -66,7 +66,7 @@ def _as_json(
 
 def _roles(plan: Plan, device: str) -> Table:
     unit = _unit(plan)
-    table = _table(f"bytes by role on one {device}, {unit}", "role", "weights", "gradients and moments")
+    table = make_table(f"bytes by role on one {device}, {unit}", "role", "weights", "gradients and moments")
     for role in plan.roles:
         table.add_row(role.name, _size(role.weights, unit), _size(role.training, unit))
     over, training = plan.resident / plan.roles[0].weights, sum(role.training for role in plan.roles)
@@ -79,7 +79,7 @@ def _phases(plan: Plan) -> Table:
     unit = _unit(plan)
     kinds = [kind for kind in _KINDS if any(getattr(phase.bytes, kind) for phase in plan.phases)]
     title = f"bytes by stage and kind, {unit}; TFLOP of an update, of SFT and reward training of a step"
-    table = _table(title, "stage", *kinds, "all", "TFLOP")
+    table = make_table(title, "stage", *kinds, "all", "TFLOP")
     for phase in plan.phases:
         cells = [_size(getattr(phase.bytes, kind), unit) for kind in kinds]
         tera = phase.flops / 1e12
@@ -107,21 +107,13 @@ def _verdict(plan: Plan, found: list[Change], *, memory: int | None, gpus: int) 
         return [*lines, Text(f"fits: {peak}, {usable}", "green")]
     lines.append(Text(f"does not fit: {peak}, {usable}", "red"))
     if found:
-        table = _table("what to change", "setting", f"peak, {unit}", "fits")
+        table = make_table("what to change", "setting", f"peak, {unit}", "fits")
         for change in found:
             table.add_row(" ".join(change.settings), _size(change.peak, unit), "yes" if change.fits else "no")
         lines.append(table)
     if not any(change.fits for change in found):
         lines.append(Text("no change of these settings makes it fit: take a smaller base, or a larger device", "red"))
     return lines
-
-
-def _table(title: str, first: str, *numbers: str) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column(first, overflow="fold")
-    for column in numbers:
-        table.add_column(column, justify="right", no_wrap=True)
-    return table
 
 
 def _unit(plan: Plan) -> str:

@@ -74,14 +74,6 @@ class Guard:
 def measure(held_out: HeldOut) -> tuple[float, float]:
     """The policy's mean standardised score, and its mean KL to the reference in nats a response."""
     sampler = held_out.sampler
-    by_name, kls_N = judge(
-        sampler.model,
-        sampler.episodes(held_out.prompts, role=POLICY, purpose="guard"),
-        held_out.sources,
-        role=POLICY,
-        reference=REFERENCE,
-        temperature=sampler.sampling.temperature,
-        batch_size=held_out.micro_batch_size,
-        pad_id=sampler.codec.pad_id,
-    )
+    episodes, batch_size = sampler.episodes(held_out.prompts, role=POLICY, purpose="guard"), held_out.micro_batch_size
+    by_name, kls_N = judge(sampler, episodes, held_out.sources, role=POLICY, reference=REFERENCE, batch_size=batch_size)
     return fmean(held_out.sources.standardized(by_name).tolist()), fmean(kls_N.tolist())

@@ -24,13 +24,14 @@ def fake_sft(config: Any, inputs: Any, context: StageContext) -> StageResult:
     context.tracker.progress(0, 1, "pretending")
     context.tracker.log(1, {"loss": 0.5})
     artifact = _write(context, "adapter", str(config.learning_rate))
-    return StageResult("sft", (artifact,), {"nll_before": 2.0, "nll_after": 1.0, "seed": context.seed})
+    told = {"seed": context.seed, "system_prompt": context.system_prompt, "max_reject_rate": context.max_reject_rate}
+    return StageResult("sft", (artifact,), {"nll_before": 2.0, "nll_after": 1.0, **told})
 
 
 def fake_reward(config: Any, inputs: Any, context: StageContext) -> StageResult:
     assert inputs.sft is not None
     artifacts = (_write(context, "adapter", inputs.sft.content_hash), _write(context, "head", "h"))
-    return StageResult("reward", artifacts, {"accuracy": 0.9})
+    return StageResult("reward", artifacts, {"accuracy": 0.9, "seed": context.seed})
 
 
 def fake_ppo(config: Any, inputs: Any, context: StageContext) -> StageResult:

@@ -130,13 +130,13 @@ def test_a_hub_id_that_cannot_be_had_offline_is_refused() -> None:
 
 
 def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
-    assert "has no config.json" in refused(BaseModelConfig(model=str(tmp_path)))
+    assert "holds no config.json" in refused(BaseModelConfig(model=str(tmp_path)))
 
 
 def test_a_folder_with_pickled_weights_only_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(b"a pickle")
-    assert "has no *.safetensors (pickled weights are not loaded)" in refused(BaseModelConfig(model=str(folder)))
+    assert "holds no *.safetensors; give a folder" in refused(BaseModelConfig(model=str(folder)))
 
 
 def test_damaged_weights_are_refused(folder: Path) -> None:

@@ -19,7 +19,7 @@ import align.driver
 from align import settings
 from align.artifacts import read_json
 from align.cluster import Cluster
-from align.driver import Display, Watch, run_pipeline
+from align.driver import Watch, run_pipeline
 from align.errors import (
     AlignError,
     ConfigError,
@@ -36,7 +36,7 @@ from align.errors import (
 )
 from align.pipeline import RunCall
 from align.randomness import stage_seed
-from align.show import QuietDisplay, WhileSeen
+from align.show import Display, QuietDisplay, WhileSeen
 from align.status import Status, read_state, read_status
 from align.worker import StageFunction, _in_sight, _vitals  # pyright: ignore[reportPrivateUsage]
 from tests.align import fake_stages
@@ -46,7 +46,7 @@ from tests.shell import hear_interrupts
 COMMAND = "align run small.yaml"
 
 
-class Recorder:
+class Recorder(QuietDisplay):
     """A display that remembers."""
 
     def __init__(self) -> None:
@@ -58,8 +58,6 @@ class Recorder:
 
     def step(self, name: str, text: str) -> None:
         self.steps.append((name, text))
-
-    def progress(self, status: Status) -> None: ...
 
 
 def run(
@@ -191,6 +189,17 @@ def test_the_time_of_what_is_run_again_counts_once(
     assert 1100 <= run(folder, stage="ppo", fresh=True)["seconds"]["install_excluded_total"] < 1500
 
 
+def test_a_stage_is_told_what_the_config_says_of_all_data(folder: Path, ray_cluster: None) -> None:
+    found = run(folder, "data.system_prompt=Be kind.", "data.max_reject_rate=0.25", stage="sft")["sft"]
+    assert (found["system_prompt"], found["max_reject_rate"]) == ("Be kind.", 0.25)
+
+
+def test_tensorboards_files_are_whole_when_a_stage_has_ended(folder: Path, ray_cluster: None) -> None:
+    run(folder, "tracking.tensorboard=true", stage="sft")
+    [events] = (run_of(folder) / "sft" / "tensorboard").iterdir()
+    assert b"loss" in events.read_bytes()
+
+
 def test_what_an_earlier_step_said_of_itself_is_gone_when_one_starts(tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text(json.dumps(asdict(Status("ppo", "update 9", 9, 9, 0.0, 1.0, {"loss": 1.0}))))
     watch = Watch(tmp_path, QuietDisplay())
@@ -203,7 +212,8 @@ def test_what_an_earlier_step_said_of_itself_is_gone_when_one_starts(tmp_path: P
 def test_a_stages_seed_is_made_from_the_runs(
     folder: Path, ray_cluster: None, finished: tuple[Path, dict[str, Any], Recorder]
 ) -> None:
-    assert finished[1]["sft"]["seed"] == stage_seed(0, "sft")
+    for stage in ("sft", "reward"):
+        assert finished[1][stage]["seed"] == stage_seed(0, stage)
     assert run(folder, "run.seed=1", stage="sft")["sft"]["seed"] == stage_seed(1, "sft")
 
 
@@ -387,7 +397,7 @@ def test_a_stopped_ppo_is_resumed_or_discarded_as_asked_and_goes_on_in_a_job(
 _TIDYING_UP = """
 import sys, time
 from align.stopping import heard_signals
-with heard_signals():
+with heard_signals(lambda why: print(why, flush=True)):
     try:
         print("up", flush=True)
         time.sleep(600)
@@ -411,7 +421,7 @@ def signalled_twice(number: signal.Signals, *, seconds_to_tidy_up: float) -> tup
 
 
 def test_a_second_interrupt_ends_at_once_whatever_the_first_is_still_tidying_up() -> None:
-    assert signalled_twice(signal.SIGINT, seconds_to_tidy_up=600) == ("", 130)
+    assert signalled_twice(signal.SIGINT, seconds_to_tidy_up=600) == ("ended at once by a second Ctrl-C", 130)
 
 
 def test_a_second_sigterm_does_not_break_off_the_good_order() -> None:
@@ -426,7 +436,7 @@ import align.stopping
 align.stopping._LAST_SECONDS = 0.5
 if {where == "at exit"}:
     atexit.register(time.sleep, 600)
-with align.stopping.heard_signals(lambda: print("given up", flush=True)):
+with align.stopping.heard_signals(lambda why: print(why, flush=True)):
     try:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(600)
@@ -435,7 +445,7 @@ with align.stopping.heard_signals(lambda: print("given up", flush=True)):
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert ended.returncode == 143
-    assert ended.stdout == ("given up\n" if where == "inside" else "")
+    assert ended.stdout == ("ended without Ray, which does not answer\n" if where == "inside" else "")
 
 
 def test_what_a_stage_ends_with_as_the_run_is_stopped_is_kept(folder: Path, ray_cluster: None) -> None:
