@@ -1,5 +1,6 @@
 """`ingest`: sources are found and cut into pieces, each piece is sifted, the whole is decided, the data set written."""
 
+import errno
 import gc
 import os
 import re
@@ -27,6 +28,8 @@ from data.ingestion.write import OnProgress, Tally, write_rows, write_words
 
 Sift = Callable[[Piece], Sifted]
 Engine = Callable[[Sift, Sequence[Piece]], Iterable[Sifted]]  # results in any order
+# Said of the place that was named, and not of the disk
+_NO_PLACE = (errno.ENOTDIR, errno.ENOENT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
 
 
 def ingest(
@@ -36,8 +39,8 @@ def ingest(
 
     Raises:
         DataError: a source cannot be found, is of no known kind or shape, or no row is fit.
-        UsageError: there is something at `to` already, or the settings do not fit together.
-        StorageError: the disk is full, or `to` cannot be written.
+        UsageError: there is something at `to` already, or it cannot be there, or the settings do not fit together.
+        StorageError: the disk is full, or fails.
     """
     _verify_free(to)
     scratch = to.absolute().with_name(f".{to.name}.{os.getpid()}.scratch")
@@ -72,7 +75,8 @@ def ingest(
     except OSError as error:
         if error.filename is not None and f".{to.name}." not in str(error.filename):  # of a source, not of ours
             raise DataError(f"{error.filename} cannot be read: {error.strerror}; look at its permissions") from None
-        raise StorageError(f"cannot write beside {to}: {error}; free space, or choose another folder") from error
+        kind = UsageError if error.errno in _NO_PLACE else StorageError
+        raise kind(f"cannot write beside {to}: {error}; free space, or choose another folder") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

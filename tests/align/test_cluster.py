@@ -1,7 +1,9 @@
+import signal
 import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
@@ -113,6 +115,36 @@ def test_a_ray_that_is_slow_to_start_is_tried_once_more(
     with nullcontext() if failures == 1 else pytest.raises(PlacementError, match="timed out during startup"):
         connect("local")
     assert tried == ["local"] * calls
+
+
+@pytest.mark.parametrize(("address", "megabytes"), [("local", 512), ("auto", None)])
+def test_only_a_ray_of_our_own_is_given_a_size_and_none_keeps_what_hears_sigterm(
+    address: str, megabytes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
+    asked: list[Any] = []
+
+    def init(**options: object) -> None:
+        asked.append(options["object_store_memory"])
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as Ray sets its own
+
+    def own(number: int, frame: object) -> None: ...
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    before = signal.signal(signal.SIGTERM, own)
+    try:
+        assert connect(address)
+        assert signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert asked == [megabytes and megabytes * 2**20]
+
+
+def test_a_ray_that_whoever_called_us_has_is_theirs_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("there is one"))
+    assert not connect("local")
 
 
 def test_a_base_that_does_not_fit_ends_the_run_with_what_to_change(

@@ -38,6 +38,7 @@ from align.pipeline import RunCall
 from align.randomness import stage_seed
 from align.show import Display, QuietDisplay, WhileSeen
 from align.status import Status, read_state, read_status
+from align.stopping import heard_signals
 from align.worker import StageFunction, _in_sight, _vitals  # pyright: ignore[reportPrivateUsage]
 from tests.align import fake_stages
 from tests.align.recipe import write_recipe, write_rows
@@ -420,6 +421,14 @@ def signalled_twice(number: signal.Signals, *, seconds_to_tidy_up: float) -> tup
         return process.stdout.read().strip(), code
 
 
+def test_signals_are_heard_as_before_once_it_is_over() -> None:
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.getsignal(number) for number in numbers]
+    with heard_signals():
+        assert all(signal.getsignal(n) is not handler for n, handler in zip(numbers, before, strict=True))
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
 def test_a_second_interrupt_ends_at_once_whatever_the_first_is_still_tidying_up() -> None:
     assert signalled_twice(signal.SIGINT, seconds_to_tidy_up=600) == ("ended at once by a second Ctrl-C", 130)
 
@@ -579,6 +588,20 @@ def test_too_many_rejected_rows_stop_the_run_before_ray_and_are_in_a_file(folder
 def test_a_response_that_leaves_a_prompt_no_room_is_told_before_anything_runs(folder: Path, no_ray: None) -> None:
     with pytest.raises(ConfigError, match="max_response_length: 512, but the base's context is 512 tokens"):
         run(folder, "ppo.rollout.max_response_length=512")
+
+
+def test_a_reward_function_that_was_edited_runs_ppo_again_and_nothing_before_it(
+    folder: Path, ray_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, display = folder / "my_own_scoring.py", Recorder()
+    monkeypatch.syspath_prepend(folder)
+    sources = "ppo.rewards.sources=[{kind: function, function: 'my_own_scoring:score'}]"
+    module.write_text("def score(prompt, response):\n    return 1.0\n")
+    run(folder, sources)
+    module.write_text("def score(prompt, response):\n    return 2.0\n")
+    run(folder, sources, display=display)
+    assert [text.partition(" ")[0] for _, text in display.steps] == ["skip", "skip", "run", "run"]
+    assert display.steps[2] == ("ppo", "run (run again: its input changed (input.source.function))")
 
 
 def test_a_reward_function_that_is_nowhere_is_told_before_anything_runs(folder: Path, no_ray: None) -> None:

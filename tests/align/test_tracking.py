@@ -56,6 +56,7 @@ def test_rewinding_drops_what_came_after_and_a_line_that_was_cut_off(tmp_path: P
     tracker = Tracker(tmp_path / "ppo", stage="ppo", resume=True)
     tracker.rewind(settled[1])
     assert path.read_text() == first_two
+    assert tracker.resumed_seconds == 2.0  # of the lines that stay, and of nothing else in them
     assert [line["step"] for line in lines_of(tmp_path / "ppo" / "timings.jsonl")] == [1, 2]
 
 
@@ -90,6 +91,18 @@ def test_progress_is_one_whole_file_that_tells_the_last_metrics(tmp_path: Path) 
         "metrics": {"objective/kl": 0.5},
     }
     assert status["started"] <= status["updated"]
+
+
+def test_an_activity_that_begins_behind_where_the_last_one_was_is_another(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path / "ppo", stage="ppo")
+    tracker.progress(10, 10, "epoch 1")
+    first = read_status(tmp_path)
+    tracker._last_write = 0.0  # pyright: ignore[reportPrivateUsage] # or it would come too soon to be written
+    tracker.progress(3, 10, "epoch 2")
+    second = read_status(tmp_path)
+    assert first is not None
+    assert second is not None
+    assert (second.first_done, second.started > first.started) == (3, True)
 
 
 def test_progress_in_between_is_written_at_most_five_times_a_second(tmp_path: Path) -> None:

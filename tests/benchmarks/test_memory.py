@@ -49,6 +49,7 @@ def test_views_and_tied_weights_count_once() -> None:
 
 
 def test_a_copy_beside_the_modules_is_seen() -> None:
+    count()  # what other tests have left in cycles of cycles goes in two steps
     before = count()
     layer = nn.Linear(1000, 1000, bias=False)
     fused = {"corner": [layer.weight.detach().clone()]}

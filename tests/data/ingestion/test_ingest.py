@@ -300,6 +300,8 @@ def test_what_is_there_is_not_replaced_and_what_a_killed_run_left_is_cleared(tmp
     make(tmp_path, path)
     assert not left.exists()
     assert running.exists()
+    with pytest.raises(UsageError, match=r"cannot write beside .*f\.jsonl/set: .*Not a directory.*another folder"):
+        make(path, path)
     with pytest.raises(UsageError, match="is there already"):
         make(tmp_path, path)
 
