@@ -121,7 +121,7 @@ def decode(raw: RawRow) -> Row | Damage:
     try:
         row: object = json.loads(raw.content.decode())  # of bytes, json would take UTF-16, too
     except UnicodeDecodeError as error:
-        return Damage(f"not UTF-8, which the file has to be saved as: {error.reason} at byte {error.start}")
+        return Damage(f"not UTF-8 from byte {error.start} of the row on; save the file as UTF-8")
     except (ValueError, RecursionError) as error:  # ValueError covers JSON, UTF-8 and over-long integers
         return Damage(f"{error}: {raw.content[:40]!r}")
     return cast(Row, row) if isinstance(row, dict) else Damage(f"no object: {raw.content[:40]!r}")

@@ -67,7 +67,12 @@ def find_pieces(asked: IngestRequest, scratch: Path, note: Callable[[str], None]
             chunks = cut(path.absolute())  # workers may have another current folder
             _verify_columns(name, chunks, dict(asked.columns))
             file = SourceFile(name, number, forced or _detect(name, chunks), is_held_out, is_detected=forced is None)
-            note(f"warning: {name} is empty" if path.stat().st_size == 0 else f"{name}: {file.shape.name}")
+            if path.stat().st_size == 0:
+                note(f"warning: {name} is empty")
+            elif file.shape is _NO_SHAPE:
+                note(f"warning: {name}: none of its first rows can be read")
+            else:
+                note(f"{name}: {file.shape.name}")
             pieces += [Piece(len(pieces) + n, file, chunk, scratch) for n, chunk in enumerate(chunks)]
     return pieces
 

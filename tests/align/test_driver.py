@@ -300,6 +300,7 @@ def test_an_error_of_ours_in_the_worker_arrives_as_itself(folder: Path, ray_clus
     with pytest.raises(InvariantError, match=r"^the ratio is 3$"):
         run(folder, stage="sft", change={"sft": fake_stages.failing_invariant})
     assert read_state(run_of(folder), 0.0).error == "the ratio is 3"
+    assert settings.load(run_of(folder) / "config.yaml").run.name == "small"  # with what it was started
 
 
 def test_a_failure_of_a_reward_function_is_told_with_where_its_traceback_is(folder: Path, ray_cluster: None) -> None:

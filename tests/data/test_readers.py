@@ -142,7 +142,7 @@ def test_a_rejected_row_is_kept_as_it_was() -> None:
     assert as_text(b'{"a": "\xff"}') == '{"a": "\\xff"}'
     assert as_text({"a": "ü", "n": 1}) == '{"a": "ü", "n": 1}'
     assert decode(RawRow(1, b"[1]")) == Damage("no object: b'[1]'")
-    latin = "not UTF-8, which the file has to be saved as: invalid continuation byte at byte 10"
+    latin = "not UTF-8 from byte 10 of the row on; save the file as UTF-8"
     assert decode(RawRow(1, b'{"a": "caf\xe9"}')) == Damage(latin)
 
 

@@ -254,3 +254,11 @@ def test_a_source_that_is_rewritten_at_the_same_length_is_told_too(tmp_path: Pat
 
     with pytest.raises(DataError, match=r"a\.jsonl was changed while it was read; nothing was written"):
         make(tmp_path, path, engine=during(tmp_path, rewrite))
+
+
+def test_a_file_that_cannot_be_read_as_utf8_is_told_with_what_to_do(tmp_path: Path) -> None:
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes('{"prompt": "a", "chosen": "é", "rejected": "c"}\n'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.jsonl:1: malformed \(not UTF-8 from byte 27 of the row on; save the"):
+        make(tmp_path, path)
+    assert noted[-1] == f"warning: {path}: none of its first rows can be read"
