@@ -22,7 +22,7 @@ from align.errors import (
 )
 from align.handover import Handover, StageInputs, artifacts_of
 from align.installation import import_root, verify_current_folder
-from align.intake import StageData, parts_of_step, read_stage_data
+from align.intake import StageData, keep_rejects, parts_of_step, read_stage_data
 from align.lengths import context_length_in, fitted
 from align.messages import MessageReader
 from align.out_of_memory import micro_batch_size, next_split, to_need_less
@@ -75,7 +75,7 @@ def run_pipeline(
     Raises:
         AlignError: one message; its exit_code tells a wrong call from a failed run.
     """
-    steps = steps_to_do(config, call.stage)
+    started, steps = time.time(), steps_to_do(config, call.stage)
     verify_allowed(call.allowed, config, steps)
     run, again = run_folder(config), call.again
     verify_current_folder()
@@ -104,9 +104,9 @@ def run_pipeline(
                 display.step(step, f"{decision.kind} ({decision.reason})")
                 if decision.finished is None:
                     write_text(run / "config.yaml", dump(config))  # not before: a refused command leaves what is there
-                    stage_call = call_of(step, stages[step], config, prepared, run, decision)
+                    stage_call = call_of(step, stages[step], config, prepared, run, decision, command_started=started)
                     is_kept = decision.kind == "resume"
-                    start = partial(begin, run / step, prepared.fingerprint, keep=is_kept, changed=decision.changed)
+                    start = partial(begin_step, run / step, prepared, keep=is_kept, changed=decision.changed)
                     watch.start(step)
                     outcome = run_to_its_end(cluster, stage_call, start, config.cluster.max_failures, display, again)
                     write_finished(run / step, finish(step, outcome, prepared, config))
@@ -143,8 +143,21 @@ def prepare(
     return Prepared(inputs, data, fingerprint(step, config, base_identity=base_identity, data=parts, inputs=hashes))
 
 
+def begin_step(folder: Path, prepared: Prepared, *, keep: bool, changed: str) -> None:
+    begin(folder, prepared.fingerprint, keep=keep, changed=changed)
+    if folder.name != "evaluation":  # whose data is that of ppo
+        keep_rejects(folder, prepared.data.rejects)
+
+
 def call_of(
-    step: StepName, function: StageFunction, config: Config, prepared: Prepared, run: Path, decision: Decision
+    step: StepName,
+    function: StageFunction,
+    config: Config,
+    prepared: Prepared,
+    run: Path,
+    decision: Decision,
+    *,
+    command_started: float,
 ) -> StageCall:
     return StageCall(
         step=step,
@@ -159,6 +172,7 @@ def call_of(
         tensorboard=config.tracking.tensorboard,
         micro_batch_size=micro_batch_size(step, config),
         split=decision.split,
+        command_started=command_started,
     )
 
 

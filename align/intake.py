@@ -1,16 +1,19 @@
 """The data of a run, read and split in the driver before Ray starts, with an account of every row."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 from align.artifacts import writing
 from align.config import Config, DatasetConfig, SourceConfig, StageName
-from data.records import Account, Demonstration, PlainText, Record, RecordKind
+from align.errors import DataError
+from data.records import Account, Demonstration, PlainText, Record, RecordKind, Reject
 from data.rejects import check_rate, describe, write_rejects
 from data.sources import Reading, has_split, read_records
 from data.splits import shared_prompts, split_by_prompt
+
+REJECTS = "rejects.jsonl"
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class StageData:
     accounts: Mapping[str, Account]
     parts: Mapping[str, object]
     ptx: tuple[Demonstration | PlainText, ...] = ()  # of ppo
+    rejects: tuple[Reject, ...] = ()  # of all sources
 
 
 def kind_of(config: Config, stage: StageName) -> RecordKind:
@@ -40,10 +44,10 @@ def held_out_of(section: DatasetConfig) -> SourceConfig | None:
 
 
 def read_stage_data(config: Config, stage: StageName, run: Path, note: Callable[[str], None]) -> StageData:
-    """Both sides of a stage's data. Rejected rows go to `<run>/<stage>/rejects.jsonl`.
+    """Both sides of a stage's data.
 
     Raises:
-        DataError: a source cannot be read, or too many of its rows do not fit.
+        DataError: a source cannot be read, or too many of its rows do not fit: these are in the stage's rejects.jsonl.
     """
     section: DatasetConfig = getattr(config.data, stage)  # Config has seen to it that there is one
     key = f"data.{stage}"
@@ -53,13 +57,15 @@ def read_stage_data(config: Config, stage: StageName, run: Path, note: Callable[
         readings[f"{key}.held_out"] = read_records(held_out_source, kind)
     if stage == "ppo" and config.data.ptx is not None:
         readings["data.ptx"] = read_records(config.data.ptx, "demonstration")
-    rejects_path = run / stage / "rejects.jsonl"
-    with writing(rejects_path):
-        write_rejects(rejects_path, [reject for reading in readings.values() for reject in reading.rejects])
+    rejects = [reject for reading in readings.values() for reject in reading.rejects]
     for name, reading in readings.items():
         note(f"{name}: {describe(reading.account)}")
-        limit = config.data.max_reject_rate
-        check_rate(reading.account, reading.rejects, max_rate=limit, what=name, rejects_path=rejects_path)
+        try:
+            limit, path = config.data.max_reject_rate, run / stage / REJECTS
+            check_rate(reading.account, reading.rejects, max_rate=limit, what=name, rejects_path=path)
+        except DataError:
+            keep_rejects(run / stage, rejects)
+            raise
     parts: dict[str, object] = {name: reading.content_hash for name, reading in readings.items()}
     train, held_out = readings[f"{key}.train"].records, ()
     if held_out_source is None:
@@ -76,7 +82,14 @@ def read_stage_data(config: Config, stage: StageName, run: Path, note: Callable[
                 "is not one"
             )
     ptx = cast("tuple[Demonstration | PlainText, ...]", readings["data.ptx"].records) if "data.ptx" in readings else ()
-    return StageData(train, held_out, {name: reading.account for name, reading in readings.items()}, parts, ptx)
+    accounts = {name: reading.account for name, reading in readings.items()}
+    return StageData(train, held_out, accounts, parts, ptx, tuple(rejects))
+
+
+def keep_rejects(folder: Path, rejects: Sequence[Reject]) -> None:
+    """The rows of a stage's data that were set aside, into its folder."""
+    with writing(folder / REJECTS):
+        write_rejects(folder / REJECTS, rejects)
 
 
 def parts_of_step(step: str, data: StageData, *, has_guard: bool) -> dict[str, object]:

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 from align.artifacts import Artifact, checkpoint_folders, newest_whole, read_json
 from align.config import Config, PPOCheckpointsConfig, StageName
 from align.errors import ArtifactError, UsageError
-from align.results import FinishedStep, read_finished
+from align.results import FinishedStep, maker_of, read_finished
 
 StepName = Literal["sft", "reward", "ppo", "evaluation"]
 STEPS: tuple[StepName, ...] = ("sft", "reward", "ppo", "evaluation")
@@ -47,11 +47,15 @@ class RunCall:
     allowed: tuple[str, ...] = ()  # what a resume may find changed, by its name in the refusal
 
     @property
+    def plain(self) -> str:
+        """Without what it was told of a run that stopped."""
+        return self.command if self.stage is None else f"{self.command} --stage {self.stage}"
+
+    @property
     def again(self) -> str:
         """The command that goes on where this one stops."""
-        only = [] if self.stage is None else [f"--stage {self.stage}"]
         changes = [f"--allow-change {shlex.quote(name)}" for name in self.allowed]
-        return " ".join([self.command, *only, "--resume", *changes])
+        return " ".join([self.plain, "--resume", *changes])
 
     def anew(self, stage: str) -> str:
         return f"{self.command} --stage {stage} --fresh"
@@ -138,7 +142,8 @@ def verify_allowed(names: Sequence[str], config: Config, steps: Sequence[StepNam
                 f"--allow-change {name}: a checkpoint cannot be continued under another one; start anew with --fresh"
             )
         settings = {key for step in steps for key in fingerprint(step, config, base_identity="", data={}, inputs={})}
-        if name not in settings and not name.startswith(("data.", "input.")):
+        is_known = name in settings or f".{name}" in _flat(config, "")  # with or without effect
+        if not is_known and not name.startswith(("data.", "input.")):
             near = difflib.get_close_matches(name, settings, n=1)
             meant = f"did you mean {near[0]}?" if near else "write it as the refusal of --resume does"
             raise UsageError(f"--allow-change {name}: nothing of this name is looked at in a resume; {meant}")
@@ -196,7 +201,7 @@ def decide(step: StepName, folder: Path, parts: Fingerprint, call: RunCall) -> D
             finished.verify(anew=call.anew(stage_of(step)))
             let = changes(finished.fingerprint, parts)
             return Decision("skip", f"stands though {let}" if let else "inputs unchanged", finished=finished)
-        if call.resume:
+        if call.resume and not _is_remade(folder.parent, finished.fingerprint, parts, call):
             raise UsageError(_refusal(step, changed, call))
         return Decision("run", f"run again: {changes(finished.fingerprint, parts, but=call.allowed, at_most=4)}")
     checkpoint = newest_checkpoint(folder)
@@ -220,10 +225,18 @@ def decide(step: StepName, folder: Path, parts: Fingerprint, call: RunCall) -> D
     return Decision("resume", f"continues {after}", split=split, changed=after if let else "")
 
 
+def _is_remade(run: Path, old: Fingerprint, new: Fingerprint, call: RunCall) -> bool:
+    """Whether an input is another because the step that makes it has been run again: then nobody has to be asked."""
+    remade = [key for key in new if old.get(key) != new[key] and key not in call.allowed and maker_of(key) is not None]
+    return any(read_finished(run / str(maker_of(key))) is not None for key in remade)
+
+
 def _refusal(step: StepName, changed: str, call: RunCall) -> str:
+    # Nothing is lost with an evaluation, and `anew` would be of the whole stage that it belongs to
+    again = f"run it again: {call.plain}" if step == "evaluation" else f"start this stage anew: {call.anew(step)}"
     return (
         f"--resume refused, {step}: {changed}. Put that back to continue, or allow it by its name (--allow-change "
-        f"KEY), or start this stage anew: {call.anew(stage_of(step))}"
+        f"KEY), or {again}"
     )
 
 

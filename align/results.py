@@ -16,7 +16,6 @@ from align.artifacts import (
 )
 from align.errors import ArtifactError
 
-REJECTS = "rejects.jsonl"
 RESULT = "result.json"
 _CHANGED = "changed.json"
 # Which step makes an input of another.
@@ -94,24 +93,25 @@ def write_finished(folder: Path, step: FinishedStep) -> None:
 
 
 def current_results(run: Path, steps: Sequence[str], *, standing: Collection[str] = ()) -> dict[str, FinishedStep]:
-    """The finished steps, less those that were made from artifacts which have since been replaced, unless they are
-    `standing` all the same."""
+    """The finished steps, less those that were made from artifacts which have since been replaced, or are being made
+    again, unless they are `standing` all the same."""
     found: dict[str, FinishedStep] = {}
     for step in steps:
         finished = read_finished(run / step)
         if finished is None:
             continue
+        hashes = {maker: {artifact.content_hash for artifact in of.artifacts} for maker, of in found.items()}
         is_current = all(
-            content_hash is None or content_hash in [artifact.content_hash for artifact in found[stage].artifacts]
+            content_hash is None or content_hash in hashes.get(maker, ())
             for key, content_hash in finished.fingerprint.items()
-            if (stage := _maker(key)) in found
+            if (maker := maker_of(key)) is not None and maker in steps
         )
         if is_current or step in standing:
             found[step] = finished
     return found
 
 
-def _maker(key: str) -> str | None:
+def maker_of(key: str) -> str | None:
     """Which step makes the input that a fingerprint's key names; None for other keys, and for what users bring."""
     name = key.removeprefix("input.").partition("-")[0]
     return _MAKERS.get(name) if key.startswith("input.") else None
@@ -128,7 +128,7 @@ def begin(folder: Path, fingerprint: Mapping[str, object], *, keep: bool, change
         for path in () if keep else sorted(folder.iterdir()):
             if path.is_dir():
                 shutil.rmtree(path)
-            elif path.name != REJECTS:  # written before, when the data was read
+            else:
                 path.unlink()
     if changed:
         write_json(folder / _CHANGED, [*changed_on_the_way(folder), changed])

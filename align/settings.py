@@ -21,7 +21,6 @@ _PATH_KEY = re.compile(
     r"data\.\w+\.(train|held_out)(\.path)?|data\.ptx(\.path)?|sft\.adapter|reward\.adapter|base\.model|"
     r"ppo\.rewards\.sources\.model"
 )
-_NAMED_BASES = ("embedded", "tiny:")
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Config:
@@ -136,7 +135,7 @@ def _absolute(value: object, *, key: str, folder: Path) -> object:
     path = os.path.abspath(folder / expand_user(Path(value)))
     if key.endswith(".model"):
         is_folder = value.startswith(("./", "../", "~", "/")) or value in (".", "..") or Path(path).is_dir()
-        return path if is_folder and not value.startswith(_NAMED_BASES) else value
+        return path if is_folder and value != "embedded" and not value.startswith("tiny:") else value
     return value if value.startswith("samples:") else path
 
 

@@ -58,7 +58,7 @@ def _verify_function(path: Path, function: str, *, key: str) -> None:
         module = ast.parse(text)
     except (SyntaxError, ValueError) as error:
         raise ConfigError(f"{key}: {path} is not Python: {error}") from None
-    for name in _needed(module):
+    for name in () if re.search(rb"sys\.path|addsitedir|meta_path", text) else _needed(module):
         if _spec(name) is None:
             raise ConfigError(f"{key}: {path} imports {name}, and there is no module of this name")
     made = [node for node in _statements(module) if isinstance(node, _FUNCTIONS) and node.name == function]

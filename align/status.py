@@ -7,6 +7,7 @@ import socket
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -57,7 +58,8 @@ def read_state(run: Path, now: float) -> RunState:
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as wrong:
         raise UsageError(f"{run / 'config.yaml'} cannot be read as the config of a run: {wrong}") from None
     steps = [*stages, *(["evaluation"] if "ppo" in stages else [])]
-    finished = tuple(step for step in steps if (run / step / "result.json").exists())
+    # One that is run again takes those that were made from its last result with it
+    finished = tuple(takewhile(lambda step: (run / step / "result.json").exists(), steps))
     status = read_status(run)
     is_fresh = status is not None and now - status.updated < SILENT_AFTER_SECONDS
     if _is_locked(run):

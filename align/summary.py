@@ -37,13 +37,19 @@ class Journal:
         """A step that this command has run, or has brought to its end."""
         self._num_run += 1
         self._resumed_seconds += outcome.resumed_seconds
-        self._earlier_seconds[_TOTAL] -= self._earlier_seconds.pop(_SECTIONS[step], 0.0)
+        self._forget(_SECTIONS[step])
+
+    def _forget(self, section: str) -> None:
+        self._earlier_seconds[_TOTAL] -= self._earlier_seconds.pop(section, 0.0)
 
     def record(self, step: StepName) -> None:
         """`step` stands: its result is new, or is kept by this command. Of others those that were made from what
         stands, too, if they are of this config's stages."""
         self._standing.add(step)
         finished = current_results(self._run, steps_to_do(self._config, None), standing=self._standing)
+        if self._num_run:  # what no longer stands has taken no time
+            for section in {*_SECTIONS.values()} - {_SECTIONS[name] for name in finished}:
+                self._forget(section)
         now = time.monotonic() - self._started + self._resumed_seconds
         # Results of earlier commands bring the time that these took; what was run again is not counted twice.
         is_whole = self._num_run == len(finished)

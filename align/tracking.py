@@ -70,7 +70,7 @@ class Tracker:
         self._last_write = 0.0
         self._first_done = 0
         self._seen = (0, 0)  # what of the present activity was said last: done, total
-        self.resumed_seconds = 0.0  # what the kept lines of a resumed stage took
+        self._resumed: list[tuple[float, float]] = []  # of the kept lines of a resumed stage: when, and seconds
         for name in _LOGS:
             if not resume:
                 write_text(folder / name, "")
@@ -106,10 +106,15 @@ class Tracker:
             for number, line in enumerate(found[:count], start=1):
                 try:
                     values = cast(dict[str, Any], json.loads(line))
-                    self.resumed_seconds += sum(v for key, v in values.items() if key.startswith("seconds/"))
+                    seconds = sum(v for key, v in values.items() if key.startswith("seconds/"))
+                    self._resumed.append((values.get("time", 0.0), seconds))
                 except (ValueError, AttributeError, TypeError) as error:
                     raise ArtifactError(f"{path} line {number} is damaged: {error}; {_ANEW}") from None
             write_text(path, b"".join(line + b"\n" for line in found[:count]).decode())
+
+    def resumed_seconds(self, *, before: float = math.inf) -> float:
+        """What the kept lines of a resumed stage took; `before` a time since the epoch, those alone."""
+        return sum(seconds for at, seconds in self._resumed if at < before)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line to metrics.jsonl. Raises InvariantError if a value is not finite."""

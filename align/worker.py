@@ -45,13 +45,14 @@ class StageCall:
     tensorboard: bool
     micro_batch_size: int
     split: int = 1  # parts that a micro-batch is computed in
+    command_started: float = 0.0  # seconds since the epoch
 
 
 @dataclass(frozen=True)
 class Outcome:
     result: "StageResult"
     vitals: "Vitals"
-    resumed_seconds: float = 0.0  # of a stopped command's work that was kept; part of vitals.seconds, too
+    resumed_seconds: float = 0.0  # of an earlier command's work that was kept; part of vitals.seconds, too
     shape: "ModelShape | None" = None  # of the base, for the forecast; None where it cannot be read
 
 
@@ -129,10 +130,10 @@ class Worker:
                 f"{call.step} changed the base model: its checksum was {self._checksum}, now it is {checksum}. "
                 "Nothing of this stage is kept; please report it with the config."
             )
-        seconds = time.perf_counter() - started + tracker.resumed_seconds
+        seconds = time.perf_counter() - started + tracker.resumed_seconds()
         dtype = str(model.base.dtype).removeprefix("torch.")
         vitals = _vitals(seconds, dtype, self._imports_rss_bytes, is_on_gpu=model.device.type == "cuda")
-        return Outcome(result, vitals, tracker.resumed_seconds, self._shape)
+        return Outcome(result, vitals, tracker.resumed_seconds(before=call.command_started), self._shape)
 
 
 def _in_sight(devices: str | None, *, is_wanted: bool) -> str:

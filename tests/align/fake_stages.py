@@ -38,7 +38,7 @@ def fake_ppo(config: Any, inputs: Any, context: StageContext) -> StageResult:
     started_at = 2 if context.resume else 0
     if context.resume:
         context.tracker.rewind({"timings.jsonl": 1})
-    return StageResult("ppo", (_write(context, "adapter", "p"),), {"first_update": started_at})
+    return StageResult("ppo", (_write(context, "adapter", f"p{config.updates}"),), {"first_update": started_at})
 
 
 def fake_evaluation(config: Any, inputs: Any, context: StageContext) -> StageResult:
@@ -69,7 +69,7 @@ def dying(config: Any, inputs: Any, context: StageContext) -> StageResult:
 def dying_once(config: Any, inputs: Any, context: StageContext) -> StageResult:
     """With a checkpoint behind it and a word on stderr."""
     if not context.resume:
-        stopping = _leave_checkpoint(context)
+        stopping = _leave_checkpoint(context, seconds=1000.0)
         print(f"\x1b[31mno more room for {stopping.kind}\x1b[0m", file=sys.stderr, flush=True)
         os._exit(7)
     return fake_ppo(config, inputs, context)

@@ -188,6 +188,9 @@ def test_the_time_of_what_is_run_again_counts_once(
     earlier["seconds"] = {"install_excluded_total": 5000.0, "sft": 1000.0, "reward": 10.0, "ppo": 3000.0, "eval": 900.0}
     path.write_text(json.dumps(earlier))
     assert 1100 <= run(folder, stage="ppo", fresh=True)["seconds"]["install_excluded_total"] < 1500
+    path.write_text(json.dumps(earlier))
+    seconds = run(folder, "reward.epochs=2", "sft.learning_rate=1e-3", fresh=True, stage="sft")["seconds"]
+    assert seconds["install_excluded_total"] < 100  # what was made from the last adapter no longer stands
 
 
 def test_a_stage_is_told_what_the_config_says_of_all_data(folder: Path, ray_cluster: None) -> None:
@@ -266,6 +269,20 @@ def test_a_refused_command_leaves_the_config_of_what_is_there(
     assert (run_of(folder) / "config.yaml").read_text() == before
 
 
+def test_a_refused_command_leaves_the_rejects_of_what_is_there(folder: Path, ray_cluster: None) -> None:
+    path = folder / "prompts.jsonl"
+    path.write_text(path.read_text() + '{"question": "Hello?"}\n')
+    run(folder, "data.max_reject_rate=0.5")
+    rejects = (run_of(folder) / "ppo" / "rejects.jsonl").read_text()
+    assert "prompts.jsonl:21" in rejects
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(UsageError, match=r"the rows of data\.ppo\.train changed"):
+        run(folder, "data.max_reject_rate=0.5", resume=True)
+    assert (run_of(folder) / "ppo" / "rejects.jsonl").read_text() == rejects
+    run(folder, "data.max_reject_rate=0.5")
+    assert (run_of(folder) / "ppo" / "rejects.jsonl").read_text() == ""
+
+
 def test_the_time_of_a_resumed_step_holds_what_was_kept_of_the_stopped_one(folder: Path, ray_cluster: None) -> None:
     with pytest.raises(WorkerError):
         run(folder, "cluster.max_failures=0", change={"ppo": fake_stages.stopping_half_way})
@@ -326,6 +343,7 @@ def test_the_death_of_the_worker_is_told_with_its_cause_and_how_to_go_on(folder:
 def test_a_worker_that_dies_is_started_anew_and_goes_on(folder: Path, ray_cluster: None) -> None:
     summary = run(folder, change={"ppo": fake_stages.dying_once}, display=(seen := Recorder()))
     assert summary["ppo"] == {"first_update": 2}
+    assert summary["seconds"]["ppo"] > 1000 > summary["seconds"]["install_excluded_total"]  # whose clock went on
     (warning,) = [note for note in seen.notes if note.startswith("warning: the worker died (ppo)")]
     assert "Its last words: no more room for checkpoint (" in warning
     assert warning.endswith("a new one (1 of cluster.max_failures 2), and goes on after update 2")
@@ -394,6 +412,36 @@ def test_a_stopped_ppo_is_resumed_or_discarded_as_asked_and_goes_on_in_a_job(
         patch.setattr(align.driver, "is_in_ray_job", lambda: True)
         assert run(folder)["ppo"] == {"first_update": 2}
     assert run(folder, stage="ppo", fresh=True)["ppo"] == {"first_update": 0}
+
+
+def test_an_unfinished_stage_is_discarded_by_a_fresh_run_of_all(folder: Path, ray_cluster: None) -> None:
+    with pytest.raises(WorkerError):
+        run(folder, "cluster.max_failures=0", change={"ppo": fake_stages.stopping_half_way})
+    assert run(folder, fresh=True)["ppo"] == {"first_update": 0}
+
+
+def test_a_run_done_again_that_was_stopped_goes_on_to_its_end(folder: Path, ray_cluster: None) -> None:
+    run(folder)
+    changed = ("sft.learning_rate=0.1", "reward.epochs=2", "ppo.updates=7")
+    with pytest.raises(WorkerError):
+        run(folder, *changed, "cluster.max_failures=0", change={"reward": fake_stages.failing_somehow})
+    assert read_state(run_of(folder), 0.0).steps_to_go == ("reward", "ppo", "evaluation")
+    half, first, last = {"ppo": fake_stages.stopping_half_way}, Recorder(), Recorder()
+    with pytest.raises(WorkerError):
+        run(folder, *changed, "cluster.max_failures=0", change=half, resume=True, display=first)
+    assert [text.split(" ")[0] for _, text in first.steps] == ["skip", "run", "run"]
+    summary = run(folder, *changed, resume=True, display=last)
+    assert [text.split(" ")[0] for _, text in last.steps] == ["skip", "skip", "resume", "run"]
+    assert "its input changed (input.policy)" in last.steps[3][1]
+    assert summary["run"]["steps"] == ["sft", "reward", "ppo", "evaluation"]
+
+
+def test_a_changed_evaluation_is_not_a_reason_to_train_again(folder: Path, ray_cluster: None) -> None:
+    run(folder)
+    with pytest.raises(UsageError, match=rf"refused, evaluation: .*run it again: {COMMAND}$"):
+        run(folder, "evaluation.samples=8", resume=True)
+    run(folder, "evaluation.samples=8", display=(seen := Recorder()))
+    assert [text.split(" ")[0] for _, text in seen.steps] == ["skip", "skip", "skip", "run"]
 
 
 _TIDYING_UP = """

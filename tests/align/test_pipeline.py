@@ -304,6 +304,7 @@ def test_what_cannot_be_allowed_is_refused(name: str, said: str, tmp_path: Path)
     with pytest.raises(UsageError, match=f"--allow-change {name}: .*{said}"):
         verify_allowed([name], config, steps_to_do(config, None))
     verify_allowed(["ppo.updates", "data.ppo.train", "input.sft"], config, steps_to_do(config, None))
+    verify_allowed(["ppo.rollout.batch_size"], config, steps_to_do(config, "reward"))  # needless there, and no mistake
 
 
 def test_resume_does_not_overwrite_a_finished_stage_that_changed(tmp_path: Path) -> None:
@@ -312,14 +313,15 @@ def test_resume_does_not_overwrite_a_finished_stage_that_changed(tmp_path: Path)
         decided(tmp_path / "ppo", parts_of(config_with(tmp_path, "sft.epochs=3")), resume=True)
 
 
-def test_beginning_anew_leaves_only_the_rejects_and_beginning_to_resume_leaves_all(tmp_path: Path) -> None:
+def test_beginning_anew_leaves_nothing_and_beginning_to_resume_leaves_all(tmp_path: Path) -> None:
     folder = tmp_path / "ppo"
     leave_checkpoint(folder, {"a": 1})
     (folder / "rejects.jsonl").write_text("")
     begin(folder, {"a": 1}, keep=True)
     assert (folder / "checkpoints").is_dir()
+    assert (folder / "rejects.jsonl").exists()
     begin(folder, {"a": 2}, keep=False)
-    assert sorted(path.name for path in folder.iterdir()) == ["rejects.jsonl", "started.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["started.json"]
 
 
 def test_a_stage_before_its_inputs_names_the_command_to_run_first(tmp_path: Path) -> None:
@@ -405,6 +407,17 @@ def test_results_made_from_a_replaced_artifact_no_longer_count(tmp_path: Path) -
     assert list(current_results(tmp_path, ["sft", "reward"])) == ["sft", "reward"]
     finish(tmp_path / "sft", {}, text="trained otherwise")
     assert list(current_results(tmp_path, ["sft", "reward"])) == ["sft"]
+    assert list(current_results(tmp_path, ["reward"])) == ["reward"]  # whose sft was brought
+
+
+def test_results_made_from_what_is_being_made_again_no_longer_count(tmp_path: Path) -> None:
+    finish(tmp_path / "ppo", {"input.sft": None})
+    made = read_finished(tmp_path / "ppo")
+    assert made is not None
+    finish(tmp_path / "evaluation", {"input.policy": made.artifacts[0].content_hash})
+    assert list(current_results(tmp_path, ["sft", "ppo", "evaluation"])) == ["ppo", "evaluation"]
+    begin(tmp_path / "ppo", {}, keep=False)
+    assert list(current_results(tmp_path, ["sft", "ppo", "evaluation"])) == []
 
 
 def test_a_result_of_another_version_is_an_error_and_not_a_crash(tmp_path: Path) -> None:

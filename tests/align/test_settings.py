@@ -193,6 +193,8 @@ def test_a_base_is_a_folder_only_if_it_is_one_or_looks_like_one(recipe: Path, in
     assert base("local") == str(in_folder / "local")
     assert base("./missing") == str(in_folder / "missing")
     assert base("owner/name") == "owner/name"
+    (in_folder / "embedded_models").mkdir()
+    assert base("embedded_models") == str(in_folder / "embedded_models")
     assert base("embedded") == "embedded"
 
 

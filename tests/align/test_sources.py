@@ -47,6 +47,7 @@ CALLABLE = [
     "try:\n    from fast import f\nexcept ImportError:\n    def f(prompt, response): ...",
     "class f:\n    def __new__(cls, prompt, response): ...",
     "class Other:\n    def f(self): ...\nf = Other().f",
+    "import sys\nsys.path.insert(0, 'near')\nimport beside_it\ndef f(prompt, response): ...",
     "import json, os.path\nfrom . import near\nif False:\n    import nowhere_to_be_found\nf = max",
 ]
 

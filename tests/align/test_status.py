@@ -29,6 +29,12 @@ def leave_run(run: Path, *, updated: float | None = NOW, finished: tuple[str, ..
         (run / "status.json").write_text(json.dumps(status))
 
 
+def test_what_was_made_from_a_step_that_is_run_again_is_to_go(tmp_path: Path) -> None:
+    leave_run(tmp_path, finished=("sft", "evaluation"))
+    state = read_state(tmp_path, NOW)
+    assert (state.finished_steps, state.steps_to_go) == (("sft",), ("ppo", "evaluation"))
+
+
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no run in this folder"):
         read_state(tmp_path / "none", NOW)

@@ -56,7 +56,9 @@ def test_rewinding_drops_what_came_after_and_a_line_that_was_cut_off(tmp_path: P
     tracker = Tracker(tmp_path / "ppo", stage="ppo", resume=True)
     tracker.rewind(settled[1])
     assert path.read_text() == first_two
-    assert tracker.resumed_seconds == 2.0  # of the lines that stay, and of nothing else in them
+    assert tracker.resumed_seconds() == 2.0  # of the lines that stay, and of nothing else in them
+    second = lines_of(tmp_path / "ppo" / "timings.jsonl")[1]["time"]
+    assert tracker.resumed_seconds(before=second) == 1.0
     assert [line["step"] for line in lines_of(tmp_path / "ppo" / "timings.jsonl")] == [1, 2]
 
 
