@@ -72,7 +72,7 @@ class StageContext:
     def fitting_length(self, key: str, length: int, *, reserved: int = 0) -> int:
         """As `align.lengths` has it for the base's context; a length that is less than the setting's is told."""
         context_length = self.model.base.context_length
-        fitting = fitting_length(key, length, context_length, reserved=reserved)
+        fitting = fitting_length(length, context_length, reserved=reserved)
         if fitting < length:
             beside = f" beside a response of {reserved}" if reserved else ""
             logging.getLogger(__name__).warning(

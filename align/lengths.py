@@ -20,8 +20,8 @@ def context_length_in(folder: Path) -> int | None:
         return None
 
 
-def fitting_length(key: str, length: int, context_length: int | None, *, reserved: int = 0) -> int:
-    """`length` tokens, the setting `key`, or what the context has beside the reserved ones if that is less.
+def fitting_length(length: int, context_length: int | None, *, reserved: int = 0) -> int:
+    """`length` tokens, or what the context has beside the reserved ones, those of a response, if that is less.
 
     Raises:
         ConfigError: it has none.
@@ -41,17 +41,12 @@ def fitted(config: Config, context_length: int | None) -> Config:
     stages, updates = config.run.stages, dict[str, object]()
     for stage in ("sft", "reward"):
         section = getattr(config, stage)
-        length = fitting_length(f"{stage}.max_length", section.max_length, context_length)
+        length = fitting_length(section.max_length, context_length)
         updates[stage] = section.model_copy(update={"max_length": length})
     if "reward" in stages or "ppo" in stages:  # which draws answers as PPO will
         loss, rollout = config.ppo.loss, config.ppo.rollout
-        prompt = fitting_length(
-            "ppo.rollout.max_prompt_length",
-            rollout.max_prompt_length,
-            context_length,
-            reserved=rollout.max_response_length,
-        )
-        texts = fitting_length("ppo.loss.ptx_max_length", loss.ptx_max_length, context_length)
+        prompt = fitting_length(rollout.max_prompt_length, context_length, reserved=rollout.max_response_length)
+        texts = fitting_length(loss.ptx_max_length, context_length)
         sections = {
             "rollout": rollout.model_copy(update={"max_prompt_length": prompt}),
             "loss": loss.model_copy(update={"ptx_max_length": texts}),

@@ -60,4 +60,4 @@ def test_a_response_needs_a_context_with_room_for_a_prompt_where_one_is_drawn() 
     with pytest.raises(ConfigError, match=r"max_response_length: 30"):
         fitted(config(("reward",)), 30)
     assert fitted(config(("sft",)), 30).sft.max_length == 30
-    assert fitting_length("sft.max_length", 7, 7) == 7
+    assert fitting_length(7, 7) == 7
